@@ -1,0 +1,1 @@
+"""Numbers with intervals: win rates, effect sizes and implicit preference on held-out data."""

@@ -1,0 +1,223 @@
+"""The command line: `lora-dpo train RECIPE` and its neighbours.
+
+Exit codes: 0 done, 2 the user's input, 1 anything else, 130 interrupted. Nothing heavy is imported before a command
+needs it, so that help and recipe errors answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from lora_dpo import __version__
+from lora_dpo.errors import LoraDpoError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Align diffusion models to preferences with Diffusion-DPO, training LoRA adapters only.",
+    epilog="Start here: lora-dpo train quickstart",
+)
+recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
+app.add_typer(recipes, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe's name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Replace single keys, as TOML.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits; every failure becomes a readable line and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # --debug and --json are understood anywhere before a bare `--`.
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug, as_json = "--debug" in options, "--json" in options
+    rest = [a for n, a in enumerate(arguments) if not (a == "--debug" and n < len(options))]
+    try:
+        app(rest, prog_name="lora-dpo")
+    except SystemExit as exit_:
+        if exit_.code == 130:
+            _fail("interrupted; the same command resumes from the last checkpoint", 130, as_json)
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes from the last checkpoint", 130, as_json)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(*explain(error), as_json=as_json, error=error)
+    sys.exit(0)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message and the exit code of a failure; the operating system's refusals are found under other errors too."""
+    if isinstance(error, LoraDpoError):
+        return str(error), error.exit_code
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        where = f"{cause.filename}: " if isinstance(cause, OSError) and cause.filename else ""
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
+            return f"{where}no space left on the disk\n  → free some; the same command resumes the run", 1
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{where}permission denied\n  → choose another --run-dir, or change the permissions", 1
+        if type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError):
+            hint = "lower train.micro_batch_pairs or evaluate.batch, or set train.gradient_checkpointing=true"
+            return f"out of memory: {cause}\n  → {hint}", 1
+        cause = cause.__cause__ or cause.__context__
+    text = f"unexpected {type(error).__name__}: {error}"
+    return f"{text}\n  → run it again with --debug for the traceback; this may be a bug worth reporting", 1
+
+
+def _fail(message: str, code: int, as_json: bool = False, error: BaseException | None = None) -> NoReturn:
+    print(f"lora-dpo: {message}", file=sys.stderr)
+    if as_json:
+        document: dict[str, Any] = {"error": message, "exit_code": code}
+        if isinstance(error, UserError):
+            document |= {"error": error.what, "where": error.where, "hint": error.hint}
+        problems = getattr(error, "problems", None)
+        if problems is not None:
+            document["problems"] = [problem.as_json() for problem in problems]
+        print(json.dumps(document, indent=2))
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _reserved_stdout(as_json: bool) -> Iterator[None]:
+    """With --json, whatever a library prints goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lora-dpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the command line).")] = False,
+) -> None:
+    del version, debug  # `main` reads --debug itself, so that it works after the command too
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder of the run; the same folder resumes. Default: runs/NAME.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Push the adapter here when it is done.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter, verify it, and compare it with the base on held-out prompts.
+
+    Run again in the same folder, it resumes, or says that it is finished.
+    """
+    from lora_dpo import recipe as recipes_
+
+    resolved = recipes_.load(recipe, overrides or [])
+    directory = run_dir or Path(resolved.output.run_dir or f"runs/{resolved.name}")
+    with _reserved_stdout(as_json):
+        from lora_dpo import build
+
+        outcome = build.run(resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet)
+    if as_json:
+        _print_json(outcome.result | {"run_dir": str(directory)})
+    else:
+        print(build.summary(outcome, recipe))
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a recipe and show it resolved: defaults, what it extends and overrides filled in."""
+    from lora_dpo import recipe as recipes_
+
+    resolved = recipes_.load(recipe, overrides or [])
+    if as_json:
+        _print_json({"ok": True, "recipe": resolved.model_dump(mode="json")})
+    else:
+        print(recipes_.dump(resolved), end="")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check TOML."""
+    from lora_dpo.recipe import json_schema
+
+    _print_json(json_schema())
+
+
+@recipes.command("ls")
+def recipes_ls(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from lora_dpo.recipe_toml import find, shipped_names
+
+    rows = [{"name": name, "path": str(find(name)), "about": _first_comment(find(name))} for name in shipped_names()]
+    if as_json:
+        _print_json(rows)
+        return
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['about']}")
+
+
+def _first_comment(path: Path) -> str:
+    line = path.read_text("utf-8").split("\n", 1)[0]
+    return line.lstrip("# ").strip() if line.startswith("#") else ""
+
+
+@recipes.command("cat")
+def recipes_cat(name: str) -> None:
+    """Print a shipped recipe."""
+    from lora_dpo.recipe_toml import find
+
+    print(find(name).read_text("utf-8"), end="")
+
+
+@recipes.command("cp")
+def recipes_cp(
+    name: str,
+    destination: Annotated[Path, typer.Argument(help="A file or a folder.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file.")] = False,
+) -> None:
+    """Copy a shipped recipe, to be changed."""
+    from lora_dpo.recipe_toml import find
+
+    source = find(name)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists() and not force:
+        raise UserError("there is a file already", where=target, hint="give another name, or --force")
+    if not target.parent.is_dir():
+        raise UserError("no such folder", where=target.parent)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    print(target)

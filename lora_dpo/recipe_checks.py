@@ -1,0 +1,137 @@
+"""Contradictions between a recipe's keys, and files that it names and that aren't there.
+
+The checks see raw values over defaults, so that they report even while other keys are wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.recipe_errors import shown
+from lora_dpo.recipe_toml import Key
+
+TINYWORLD = "tinyworld"
+Found = Iterator[tuple[Key, str]]
+
+
+def contradictions(values: dict[str, Any], wrong: set[Key], default: Callable[[str, str, object], Any]) -> Found:
+    """(key, message) of everything found; checks that need a key in `wrong` are left out.
+
+    Args:
+        values: the recipe's tables as written.
+        wrong: keys that have been reported already.
+        default: the default of (section, key, the section's kind); KeyError if there is none.
+    """
+    view = _View(values, {key[:2] for key in wrong}, default)
+    for check in _CHECKS:
+        try:
+            yield from check(view)
+        except _Unusable:
+            continue
+
+
+def may_be_hub_id(value: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+
+
+class _Unusable(Exception):
+    """A check asked for a key that is wrong or missing."""
+
+
+class _View:
+    """Raw values over defaults, by dotted key."""
+
+    def __init__(self, values: dict[str, Any], wrong: set[Key], default: Callable[[str, str, object], Any]) -> None:
+        self._values, self._wrong, self._default = values, wrong, default
+
+    def __getitem__(self, dotted: str) -> Any:
+        section, name = dotted.split(".")
+        table = self._values.get(section, {})
+        if (section,) in self._wrong or (section, name) in self._wrong or not isinstance(table, dict):
+            raise _Unusable
+        if name in table:
+            return table[name]
+        try:
+            return self._default(section, name, table.get("kind"))
+        except KeyError:
+            raise _Unusable from None
+
+
+def _micro_batch(view: _View) -> Found:
+    batch, micro = view["train.batch_pairs"], view["train.micro_batch_pairs"]
+    if micro is not None and batch % micro:
+        yield ("train", "micro_batch_pairs"), f"got {micro}, expected a divisor of train.batch_pairs = {batch}"
+
+
+def _warmup(view: _View) -> Found:
+    warmup, steps = view["train.warmup_steps"], view["train.steps"]
+    if warmup >= steps:
+        yield ("train", "warmup_steps"), f"got {warmup}, expected fewer than train.steps = {steps}"
+
+
+def _timesteps(view: _View) -> Found:
+    low, high = view["method.timestep_range"]
+    if low >= high:
+        yield ("method", "timestep_range"), f"got [{low}, {high}], expected low < high"
+
+
+def _splits(view: _View) -> Found:
+    if view["data.split"] == view["data.heldout_split"]:
+        yield (
+            ("data", "heldout_split"),
+            f"got {shown(view['data.split'])}, which is data.split too: nothing is held out",
+        )
+
+
+def _columns(view: _View) -> Found:
+    if view["data.kind"] == "folder" and view["data.columns"]:
+        yield ("data", "columns"), 'data.kind = "folder" has no columns (they belong to pickapic)'
+
+
+def _precision(view: _View) -> Found:
+    precision, dtype = view["train.precision"], view["base.dtype"]
+    if precision == "float32" and dtype != "float32":
+        yield ("train", "precision"), f'got "float32", but base.dtype = "{dtype}": give train.precision = "{dtype}"'
+
+
+def _scorer(view: _View) -> Found:
+    if view["evaluate.scorer"] == TINYWORLD and view["base.model"] != TINYWORLD:
+        yield (
+            ("evaluate", "scorer"),
+            'the tinyworld scorer understands the tiny world\'s pictures only: give scorer = "none"',
+        )
+
+
+def _data_exists(view: _View) -> Found:
+    path = view["data.path"]
+    if path != TINYWORLD and not Path(path).exists():
+        yield ("data", "path"), f"{path} doesn't exist"
+
+
+def _prompts_exist(view: _View) -> Found:
+    path = view["evaluate.prompts_file"]
+    if path is not None and not Path(path).is_file():
+        yield ("evaluate", "prompts_file"), f"{path} is not a file"
+
+
+def _model_exists(view: _View) -> Found:
+    for name in ("model", "vae"):
+        value = view[f"base.{name}"]
+        if value is None or (name == "model" and value == TINYWORLD) or may_be_hub_id(value):
+            continue
+        if not Path(value).is_dir():
+            yield ("base", name), f"{value} is neither a folder nor a hub id (owner/name)"
+
+
+def _tinyworld_family(view: _View) -> Found:
+    if view["base.model"] == TINYWORLD and view["base.family"] != "sdxl":
+        yield ("base", "family"), f'got {shown(view["base.family"])}, but base.model = "tinyworld" is of family "sdxl"'
+
+
+_CHECKS: tuple[Callable[[_View], Found], ...] = (
+    _micro_batch, _warmup, _timesteps, _splits, _columns, _precision, _scorer,
+    _data_exists, _prompts_exist, _model_exists, _tinyworld_family,
+)  # fmt: skip

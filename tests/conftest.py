@@ -1,0 +1,14 @@
+"""Every test runs offline, on the CPU, with warnings as errors and the package's shapes checked at run time."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports a hub client.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("lora_dpo", "beartype.beartype")

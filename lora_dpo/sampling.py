@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.progress import Progress
 from lora_dpo.randomness import torch_generator
 
 # The order in which diffusers' `encode_prompt` returns them: Stable Diffusion the first two, SDXL all four.
@@ -33,7 +35,7 @@ def sample(
     width: int,
     batch: int = 32,
     negative_prompts: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Float[Tensor, "n 3 H W"]:
     """One image per (prompt, seed), float32 on the CPU in [0, 1].
 
@@ -45,12 +47,109 @@ def sample(
         guidance: classifier-free guidance scale; 1.0 switches guidance off.
         height, width: pixels.
         negative_prompts: one per image; None is the pipeline's own unconditional embedding.
-        progress: called with (images done, images in all) after each batch.
+        progress: a job of as many units as images.
 
     Raises:
         UserError: sizes, steps or guidance that the pipeline can't use.
         LoraDpoError: an image with NaN or infinite pixels, naming its prompt and seed.
     """
+    with _job(progress, len(prompts), "sample") as advance:
+        return _sample(pipeline, prompts, seeds, steps, guidance, height, width, batch, negative_prompts, advance)
+
+
+def base_and_adapted(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    height: int,
+    width: int,
+    batch: int = 32,
+    negative_prompts: Sequence[str] | None = None,
+    reference: Callable[[], AbstractContextManager[object]] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "n 3 H W"], Float[Tensor, "n 3 H W"]]:
+    """The same (prompt, seed) pairs without and with the adapter, on the same noise; else as `sample`.
+
+    Args:
+        reference: a scope in which the adapter is off, such as `Adapters.reference`; by default the LoRA that is
+            loaded on the pipeline is switched off and, also after an exception, back to what it was.
+        progress: one job over both halves.
+
+    Raises:
+        UserError: no LoRA is loaded and no `reference` is given.
+    """
+    off = reference if reference is not None else lambda: _lora(pipeline, enabled=False)
+    on = nullcontext if reference is not None else lambda: _lora(pipeline, enabled=True)
+    with _job(progress, 2 * len(prompts), "sample base and adapted") as advance:
+        with off():
+            base = _sample(pipeline, prompts, seeds, steps, guidance, height, width, batch, negative_prompts, advance)
+        with on():
+            adapted = _sample(
+                pipeline, prompts, seeds, steps, guidance, height, width, batch, negative_prompts, advance
+            )
+    return base, adapted
+
+
+def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
+    """Rounded to 8 bits per channel; values outside [0, 1] are clipped."""
+    levels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_pngs(
+    images: Float[Tensor, "n 3 H W"],
+    directory: Path | str,
+    names: Sequence[str],
+    metadata: Sequence[Mapping[str, object]] | None = None,
+) -> list[Path]:
+    """One `<name>.png` per image, its metadata (prompt, seed, steps, guidance) as PNG text; complete or absent."""
+    if len(names) != len(images) or (metadata is not None and len(metadata) != len(images)):
+        raise LoraDpoError(f"{len(images)} images, {len(names)} names: each image needs one name and one metadata")
+    directory = Path(directory)
+    paths = []
+    for index, (image, name) in enumerate(zip(images, names, strict=True)):
+        if not name or Path(name).name != name:
+            raise LoraDpoError(f"{name!r} is not a file name")
+        text = PngInfo()
+        for key, value in (metadata[index] if metadata is not None else {}).items():
+            text.add_text(key, str(value))
+        path = directory / (name if name.endswith(".png") else f"{name}.png")
+        with complete_or_absent(path) as file:
+            to_pil(image).save(file, "PNG", pnginfo=text)
+        paths.append(path)
+    return paths
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[BinaryIO]:
+    """A file written beside `path` and renamed once it is on the disk; after an exception, what was there is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sample(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    height: int,
+    width: int,
+    batch: int,
+    negative_prompts: Sequence[str] | None,
+    advance: Callable[[int], object],
+) -> Float[Tensor, "n 3 H W"]:
     _check(pipeline, prompts, seeds, steps, guidance, height, width, batch, negative_prompts)
     if not prompts:
         return torch.empty(0, 3, height, width)
@@ -77,80 +176,8 @@ def sample(
                         f"the image of prompt {prompts[i]!r} with seed {seeds[i]} has NaN or infinite pixels;"
                         " the adapter has diverged or the VAE overflowed in float16"
                     )
-            if progress is not None:
-                progress(part.stop, len(prompts))
+            advance(len(part))
     return torch.cat(images)
-
-
-def base_and_adapted(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    reference: Callable[[], AbstractContextManager[object]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **options,
-) -> tuple[Float[Tensor, "n 3 H W"], Float[Tensor, "n 3 H W"]]:
-    """The same (prompt, seed) pairs without and with the adapter, on the same noise; `options` are `sample`'s.
-
-    Args:
-        reference: a scope in which the adapter is off, such as `Adapters.reference`; by default the LoRA that is
-            loaded on the pipeline is switched off and, also after an exception, back to what it was.
-        progress: counts over both halves.
-
-    Raises:
-        UserError: no LoRA is loaded and no `reference` is given.
-    """
-    half = len(prompts)
-
-    def counted(offset: int) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, _: progress(offset + done, 2 * half)
-
-    off = reference if reference is not None else lambda: _lora(pipeline, enabled=False)
-    on = nullcontext if reference is not None else lambda: _lora(pipeline, enabled=True)
-    with off():
-        base = sample(pipeline, prompts, seeds, progress=counted(0), **options)
-    with on():
-        adapted = sample(pipeline, prompts, seeds, progress=counted(half), **options)
-    return base, adapted
-
-
-def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:
-    """Rounded to 8 bits per channel; values outside [0, 1] are clipped."""
-    levels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
-
-
-def save_pngs(
-    images: Float[Tensor, "n 3 H W"],
-    directory: Path | str,
-    names: Sequence[str],
-    metadata: Sequence[Mapping[str, object]] | None = None,
-) -> list[Path]:
-    """One `<name>.png` per image, its metadata (prompt, seed, steps, guidance) as PNG text; complete or absent."""
-    if len(names) != len(images) or (metadata is not None and len(metadata) != len(images)):
-        raise LoraDpoError(f"{len(images)} images, {len(names)} names: each image needs one name and one metadata")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, (image, name) in enumerate(zip(images, names, strict=True)):
-        if not name or Path(name).name != name:
-            raise LoraDpoError(f"{name!r} is not a file name")
-        text = PngInfo()
-        for key, value in (metadata[index] if metadata is not None else {}).items():
-            text.add_text(key, str(value))
-        path = directory / (name if name.endswith(".png") else f"{name}.png")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("wb") as file:
-                to_pil(image).save(file, "PNG", pnginfo=text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
 
 
 def _check(pipeline, prompts, seeds, steps, guidance, height, width, batch, negative_prompts) -> None:
@@ -216,6 +243,18 @@ def _embed(
 
 
 @contextmanager
+def _job(progress: Progress | None, total: int, what: str) -> Iterator[Callable[[int], object]]:
+    if progress is None:
+        yield lambda n: None
+        return
+    progress.start(total, what)
+    try:
+        yield progress.advance
+    finally:
+        progress.stop()
+
+
+@contextmanager
 def _for_inference(pipeline) -> Iterator[None]:
     """Evaluation mode, no progress bar of the pipeline's own, no safety checker (it would blacken images unasked)."""
     training = [module for module in pipeline.unet.modules() if module.training]
@@ -242,10 +281,13 @@ def _lora(pipeline, *, enabled: bool) -> Iterator[None]:
     layers = [m for part in parts for m in part.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     if not layers:
         raise UserError("no LoRA is loaded on the pipeline", hint="call pipeline.load_lora_weights(...) first")
-    before = [not layer.disable_adapters for layer in layers]
+    before = [layer.disable_adapters for layer in layers]
     try:
-        pipeline.enable_lora() if enabled else pipeline.disable_lora()
+        # What disable_lora() and enable_lora() switch; those also rewrite requires_grad and refuse adapters that
+        # were not loaded through diffusers.
+        for layer in layers:
+            layer._disable_adapters = not enabled
         yield
     finally:
-        for layer, was_enabled in zip(layers, before, strict=True):
-            layer.enable_adapters(was_enabled)
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -43,6 +43,25 @@ def pipeline(request, folders):
     return kind.from_pretrained(folders[request.param])
 
 
+class Jobs:
+    """A progress that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def start(self, total: int, what: str) -> None:
+        self.seen.append(("start", total))
+
+    def advance(self, n: int = 1, **metrics: float) -> None:
+        self.seen.append(n)
+
+    def message(self, text: str) -> None:
+        self.seen.append(text)
+
+    def stop(self) -> None:
+        self.seen.append("stop")
+
+
 def add_lora(pipeline, scale: float = 0.3) -> None:
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     generator = torch.Generator().manual_seed(0)
@@ -132,9 +151,9 @@ def test_leaves_the_pipeline_as_it_was(folders):
 
 
 def test_progress_counts_images(sdxl):
-    seen = []
-    sample(sdxl, PROMPTS, SEEDS, **OPTIONS, batch=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 3), (3, 3)]
+    jobs = Jobs()
+    sample(sdxl, PROMPTS, SEEDS, **OPTIONS, batch=2, progress=jobs)
+    assert jobs.seen == [("start", 3), 2, 1, "stop"]
 
 
 def test_no_prompts_no_images(sdxl):
@@ -145,15 +164,15 @@ def test_base_and_adapted(pipeline):
     plain = sample(pipeline, PROMPTS, SEEDS, **OPTIONS)
     add_lora(pipeline)
     changed = sample(pipeline, PROMPTS, SEEDS, **OPTIONS)
-    counts = []
-    base, adapted = base_and_adapted(
-        pipeline, PROMPTS, SEEDS, **OPTIONS, progress=lambda done, total: counts.append((done, total))
-    )
+    jobs = Jobs()
+    base, adapted = base_and_adapted(pipeline, PROMPTS, SEEDS, **OPTIONS, progress=jobs)
     assert torch.equal(base, plain)
     assert torch.equal(adapted, changed)
     assert not torch.allclose(base, adapted, atol=1e-3)
-    assert counts == [(3, 6), (6, 6)]
+    assert jobs.seen == [("start", 6), 3, 3, "stop"]
     assert torch.equal(sample(pipeline, PROMPTS, SEEDS, **OPTIONS), changed)
+    pipeline.disable_lora()
+    assert torch.equal(sample(pipeline, PROMPTS, SEEDS, **OPTIONS), base)
 
 
 def test_a_lora_that_was_off_is_used_and_off_again(sdxl):
@@ -171,11 +190,14 @@ def test_the_lora_is_back_after_an_exception(sdxl):
     add_lora(sdxl)
     changed = sample(sdxl, ["a"], [0], **OPTIONS)
 
-    def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+    class Interrupting(Jobs):
+        def advance(self, n: int = 1, **metrics: float) -> None:
+            raise KeyboardInterrupt
 
+    jobs = Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        base_and_adapted(sdxl, ["a"], [0], **OPTIONS, progress=interrupt)
+        base_and_adapted(sdxl, ["a"], [0], **OPTIONS, progress=jobs)
+    assert jobs.seen == [("start", 2), "stop"]
     assert torch.equal(sample(sdxl, ["a"], [0], **OPTIONS), changed)
 
 

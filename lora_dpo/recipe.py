@@ -70,8 +70,8 @@ class Adapter(Section):
 
 
 class Draws(Section):
-    timestep_range: Annotated[tuple[Count, Positive], Field(strict=False)] = Field(
-        default=(0, 1000), description="timesteps are uniform in [low, high)"
+    timestep_range: Annotated[tuple[Count, Positive], Field(strict=False)] | None = Field(
+        default=None, description="[low, high]: timesteps are uniform in low … high − 1; default: all"
     )
     visits_per_pair: Positive | None = Field(default=None, description="bounds the distinct (t, ε) draws of a pair")
 
@@ -111,9 +111,7 @@ class Train(Section):
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
     gradient_checkpointing: bool = False
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="of the denoiser's passes"
-    )
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: torch's autocast")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
 
 

@@ -73,7 +73,7 @@ def _warmup(view: _View) -> Found:
 
 
 def _timesteps(view: _View) -> Found:
-    low, high = view["method.timestep_range"]
+    low, high = view["method.timestep_range"] or (0, 1)
     if low >= high:
         yield ("method", "timestep_range"), f"got [{low}, {high}], expected low < high"
 
@@ -89,12 +89,6 @@ def _splits(view: _View) -> Found:
 def _columns(view: _View) -> Found:
     if view["data.kind"] == "folder" and view["data.columns"]:
         yield ("data", "columns"), 'data.kind = "folder" has no columns (they belong to pickapic)'
-
-
-def _precision(view: _View) -> Found:
-    precision, dtype = view["train.precision"], view["base.dtype"]
-    if precision == "float32" and dtype != "float32":
-        yield ("train", "precision"), f'got "float32", but base.dtype = "{dtype}": give train.precision = "{dtype}"'
 
 
 def _scorer(view: _View) -> Found:
@@ -132,6 +126,6 @@ def _tinyworld_family(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _warmup, _timesteps, _splits, _columns, _precision, _scorer,
+    _micro_batch, _warmup, _timesteps, _splits, _columns, _scorer,
     _data_exists, _prompts_exist, _model_exists, _tinyworld_family,
 )  # fmt: skip

@@ -98,7 +98,7 @@ steps = 1
         ("method.kind=['a']", "method.kind", "expected one of"),
         ("method=3", "method", "expected a table"),
         ("data.heldout_split=train", "data.heldout_split", "nothing is held out"),
-        ("base.dtype=bfloat16", "train.precision", "give train.precision"),
+        ("train.precision=fp16", "train.precision", 'expected one of "float32" or "bfloat16"'),
         ("base.family=stable_diffusion", "base.family", 'of family "sdxl"'),
         ("base.vae=./here", "base.vae", "neither a folder nor a hub id"),
         ("base.model=owner/name", "evaluate.scorer", "tiny world's pictures only"),
@@ -191,7 +191,7 @@ def test_overrides_are_toml_and_bare_words_are_text(write) -> None:
 
 @pytest.mark.parametrize("argument", ["train.steps", "=3", "train..steps=3", ".=1"])
 def test_an_argument_that_is_no_override(write, argument: str) -> None:
-    with pytest.raises(UserError, match="not section.key=value"):
+    with pytest.raises(UserError, match=r"not section\.key=value"):
         recipe.load(str(write(GOOD)), [argument])
 
 

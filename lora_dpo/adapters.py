@@ -1,0 +1,208 @@
+"""LoRA on the denoiser, with the policy and the reference as two states of one network.
+
+The adapters are on: the policy. They are off: the reference, bit for bit the base model. Nothing else imports peft.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.randomness import torch_generator
+
+NAME = "lora_dpo"
+INITIAL_WEIGHTS = "initial adapter weights"
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+}
+ALL_LINEAR = "all-linear"
+
+
+class Adapters:
+    """One LoRA per target layer of a frozen denoiser; made by `attach`.
+
+    Attributes:
+        rank, alpha: the update of a layer is (alpha / rank)·B·A.
+        layers: the LoRA layers by module name, sorted.
+    """
+
+    def __init__(self, denoiser: nn.Module, layers: dict[str, LoraLayer], rank: int, alpha: float) -> None:
+        self.rank, self.alpha, self.layers = rank, alpha, layers
+        self._denoiser, self._depth = denoiser, 0
+
+    @staticmethod
+    def attach(
+        denoiser: nn.Module,
+        *,
+        rank: int,
+        alpha: float,
+        targets: str | Sequence[str] = "attention",
+        dropout: float = 0.0,
+        seed: int,
+        init: Literal["gaussian", "kaiming"] = "gaussian",
+    ) -> Adapters:
+        """Freeze `denoiser` and put adapters into its target layers, with B = 0: the policy starts as the reference.
+
+        A is a function of (seed, layer name) alone: N(0, 1/rank²), or uniform in ±1/√fan_in for "kaiming". The
+        global random state is left as it was. Weights are float32 whatever the base's precision, so that small
+        updates aren't lost; a layer's output keeps the base's precision.
+
+        Args:
+            targets: "attention", "attention+ff", "all-linear", or module name endings ("to_q", "attn2.to_k").
+            dropout: on the adapters' input, in training passes only.
+
+        Raises:
+            UserError: a target ending that no linear or convolution layer has.
+        """
+        if any(isinstance(module, LoraLayer) for module in denoiser.modules()):
+            raise LoraDpoError("the denoiser has adapters already; detach them first")
+        names = target_names(denoiser, targets)
+        # `lora_alpha` is the alpha itself; peft divides by the rank.
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")  # pyright: ignore[reportArgumentType]
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(config, denoiser, adapter_name=NAME)
+        layers = {name: m for name, m in sorted(denoiser.named_modules()) if isinstance(m, LoraLayer)}
+        if set(layers) != set(names):
+            raise LoraDpoError(f"peft adapted other layers than asked for: {sorted(set(layers) ^ set(names))[:8]}")
+        adapters = Adapters(denoiser, layers, rank, alpha)
+        for name, parameter in adapters.parameters().items():
+            parameter.data = _initial(name, parameter, rank, init, seed).to(parameter.device)
+        adapters.train(False)
+        return adapters
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable weights, float32, ordered by name (`….to_q.lora_A.weight`, without the adapter's name)."""
+        pairs = ((f"{name}.{part}.weight", part, layer) for name, layer in self.layers.items() for part in _PARTS)
+        return {name: getattr(layer, part)[NAME].weight for name, part, layer in pairs}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Adapters off inside the scope, restored on exceptions; scopes may be nested.
+
+        `backward()` of a policy pass must not run in here: under gradient checkpointing it repeats the forward pass,
+        and would repeat it without adapters.
+        """
+        self._switch(+1)
+        try:
+            yield
+        finally:
+            self._switch(-1)
+
+    def _switch(self, change: int) -> None:
+        self._depth += change
+        for layer in self.layers.values():
+            # Not `enable_adapters`: it also rewrites requires_grad of every weight, twice a micro-batch.
+            layer._disable_adapters = self._depth > 0
+
+    def train(self, mode: bool = True) -> None:
+        """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""
+        for layer in self.layers.values():
+            layer.lora_dropout.train(mode)
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(isinstance(layer.lora_dropout[NAME], nn.Dropout) for layer in self.layers.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies on the CPU, named as in `parameters`."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy weights in; every name and shape must be the same, else nothing is changed.
+
+        Raises:
+            UserError: names that are missing or too many, or shapes that differ.
+        """
+        own = self.parameters()
+        problems = [f"missing: {name}" for name in own if name not in state]
+        problems += [f"unexpected: {name}" for name in state if name not in own]
+        problems += [
+            f"{name}: shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise UserError(
+                f"these weights don't fit the adapter ({'; '.join(problems[:8])}{more})",
+                hint="use the base model, rank and targets that they were trained with",
+            )
+        for name, parameter in own.items():
+            parameter.data.copy_(state[name])
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """‖ΔW‖: Frobenius norm over all layers of the update (alpha / rank)·B·A; 0 at the start."""
+        squares = []
+        for layer in self.layers.values():
+            a, b = (getattr(layer, part)[NAME].weight.flatten(1) for part in _PARTS)
+            # ‖BA‖² = tr(BᵀB · AAᵀ): rank × rank, ΔW itself is never formed.
+            squares.append(((b.T @ b) * (a @ a.T)).sum())
+        return self.alpha / self.rank * math.sqrt(max(torch.stack(squares).sum().item(), 0.0))
+
+    def detach(self) -> None:
+        """Take the adapters out; the denoiser is the plain base again. Their weights stay readable here."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self._denoiser.get_submodule(parent), child, layer.get_base_layer())
+        self._denoiser.__dict__.pop("peft_config", None)
+
+
+_PARTS = ("lora_A", "lora_B")
+
+
+def target_names(denoiser: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the linear and convolution layers that `targets` selects, in module order.
+
+    Raises:
+        UserError: an unknown preset, or an ending that matches no such layer.
+    """
+    known = {name: m for name, m in denoiser.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}
+    if isinstance(targets, str):
+        if targets == ALL_LINEAR:
+            return [name for name, module in known.items() if isinstance(module, nn.Linear)]
+        if targets not in PRESETS:
+            raise UserError(
+                f'unknown preset "{targets}"',
+                where="adapter.targets",
+                hint=f"presets: {', '.join([*PRESETS, ALL_LINEAR])}; or give a list of module name endings",
+            )
+        targets = PRESETS[targets]
+    chosen = {ending: [name for name in known if name == ending or name.endswith(f".{ending}")] for ending in targets}
+    unmatched = [ending for ending, names in chosen.items() if not names]
+    if unmatched or not chosen:
+        raise UserError(
+            f"no linear or convolution layer's name ends in {', '.join(unmatched)}" if chosen else "no targets given",
+            where="adapter.targets",
+            hint=_suggestion(unmatched, known),
+        )
+    selected = {name for names in chosen.values() for name in names}
+    return [name for name in known if name in selected]
+
+
+def _suggestion(unmatched: Sequence[str], known: Mapping[str, nn.Module]) -> str:
+    endings = {".".join(name.split(".")[-k:]) for name in known for k in (1, 2, 3)}
+    endings = {ending for ending in endings if not ending[0].isdigit()}
+    close = [match for ending in unmatched for match in difflib.get_close_matches(ending, endings, n=1)]
+    return f"did you mean {', '.join(close)}?" if close else f"try one of {', '.join(sorted(endings)[:12])}"
+
+
+def _initial(name: str, like: Tensor, rank: int, init: str, seed: int) -> Tensor:
+    if name.endswith("lora_B.weight"):
+        return torch.zeros(like.shape)
+    generator = torch_generator(seed, INITIAL_WEIGHTS, name)
+    if init == "gaussian":
+        return torch.randn(like.shape, generator=generator) / rank
+    bound = 1 / math.sqrt(like[0].numel())
+    return (torch.rand(like.shape, generator=generator) * 2 - 1) * bound

@@ -1,0 +1,66 @@
+"""Files that are complete or absent, and clear words for a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lora_dpo.errors import UserError
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename: readers see the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial, data)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+@contextmanager
+def clear_os_errors(where: Path) -> Iterator[None]:
+    """A full disk and a directory that can't be written become a UserError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, hint = (
+                "no space left on the disk",
+                "free some space and run again: the run resumes where it was saved",
+            )
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, hint = "the directory can't be written", "change its permissions, or give another --run-dir"
+        else:
+            raise
+        raise UserError(what, where=error.filename or where, hint=hint) from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write `data` in place and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        sync(file)
+
+
+def sync(file: IO[Any]) -> None:
+    """Everything written so far is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """A rename within `path` is on the disk when this returns."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

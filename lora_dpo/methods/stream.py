@@ -1,0 +1,205 @@
+"""Which pairs come when, and their draws: everything here is a pure function of (seed, step).
+
+Epochs are permutations keyed by their number, so the pairs of step s follow from s alone. A pair's n-th visit has its
+own timestep, noise, VAE posterior sample and prompt dropout, keyed by the pair's content: they don't depend on the
+batch, on the other pairs, or on the method, so that runs are compared on common random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lora_dpo.adapters import Adapters
+from lora_dpo.cache import CachedPairs
+from lora_dpo.errors import UserError
+from lora_dpo.families import Conditioning, Family, Moments
+from lora_dpo.randomness import numpy_generator, seed_of, torch_generator
+
+PAIR_ORDER = "pair order"
+TIMESTEP = "timestep"
+NOISE = "noise"
+POSTERIOR_WINNER = "VAE posterior of the winner"
+POSTERIOR_LOSER = "VAE posterior of the loser"
+CAPTION_DROPOUT = "caption dropout"
+ADAPTER_DROPOUT = "adapter dropout"
+EMPTY_PROMPT = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some pairs of one optimizer step, drawn and on the family's device: all that a loss needs.
+
+    Attributes:
+        keys: the pairs' content keys.
+        batch_pairs: pairs in the whole optimizer step.
+        noise, t: ε and timestep of a pair, shared by its two images.
+        dropout_seed: of the adapters' dropout, which is the one draw made inside a pass.
+    """
+
+    keys: list[str]
+    batch_pairs: int
+    x_0_winner: Float[Tensor, "pair c h w"]
+    x_0_loser: Float[Tensor, "pair c h w"]
+    noise: Float[Tensor, "pair c h w"]
+    t: Int[Tensor, " pair"]
+    conditioning_winner: Conditioning
+    conditioning_loser: Conditioning
+    dropout_seed: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def dropout(self, adapters: Adapters) -> AbstractContextManager[None]:
+        """Scope of a policy pass: adapter dropout is drawn from `dropout_seed`, the global state left as it was."""
+        return _seeded(self.dropout_seed, self.noise.device) if adapters.has_dropout else nullcontext()
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The pairs of one optimizer step; tensors are made part by part.
+
+    Attributes:
+        step: 0-based.
+        indices, visits: which pairs, and which of a pair's draws.
+    """
+
+    stream: PairStream
+    step: int
+    indices: list[int]
+    visits: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.stream.pairs.keys[index] for index in self.indices]
+
+    def parts(self, micro_batch_pairs: int | None = None) -> Iterator[Part]:
+        """In order, `micro_batch_pairs` at a time (None: all at once); the last may be smaller."""
+        size = micro_batch_pairs or len(self)
+        for start in range(0, len(self), size):
+            chosen = slice(start, start + size)
+            yield self.stream.part(self.indices[chosen], self.visits[chosen], batch_pairs=len(self))
+
+
+class PairStream:
+    """The shared stream of the methods that learn from pairs.
+
+    Args:
+        pairs: the cache; its keys key the draws.
+        batch_pairs: pairs per optimizer step.
+        visits_per_pair: bounds a pair's distinct draws: visit n uses draw n modulo it. 0: no bound.
+        caption_dropout: share of visits trained with the empty prompt.
+        timestep_range: timesteps are uniform in low … high − 1; None: all of the schedule's.
+
+    Raises:
+        UserError: no pairs, or a range outside the schedule.
+    """
+
+    def __init__(
+        self,
+        pairs: CachedPairs,
+        family: Family,
+        *,
+        seed: int,
+        batch_pairs: int,
+        visits_per_pair: int = 0,
+        caption_dropout: float = 0.0,
+        timestep_range: tuple[int, int] | None = None,
+    ) -> None:
+        if len(pairs) == 0:
+            raise UserError("there are no pairs to train on", where="data", hint="see which rows were dropped, and why")
+        last = family.schedule.num_timesteps
+        low, high = timestep_range or (0, last)
+        if not 0 <= low < high <= last:
+            raise UserError(
+                f"[{low}, {high}) is not a part of the model's timesteps [0, {last})", where="method.timestep_range"
+            )
+        self.pairs, self.family, self.seed, self.batch_pairs = pairs, family, seed, batch_pairs
+        self.visits_per_pair, self.caption_dropout, self.timestep_range = visits_per_pair, caption_dropout, (low, high)
+        # A step of an ordinary run touches one or two epochs; a step of more pairs than there are touches each once.
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def batches(self, start_step: int) -> Iterator[StepBatch]:
+        step = start_step
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> StepBatch:
+        """The batch of optimizer step `step`, whatever came before."""
+        indices, visits = [], []
+        for position in range(step * self.batch_pairs, (step + 1) * self.batch_pairs):
+            epoch, place = divmod(position, len(self.pairs))
+            indices.append(int(self._order(epoch)[place]))
+            visits.append(epoch % self.visits_per_pair if self.visits_per_pair else epoch)
+        return StepBatch(self, step, indices, visits)
+
+    def part(self, indices: Sequence[int], visits: Sequence[int], *, batch_pairs: int) -> Part:
+        """The draws of the given visits, and the latents and conditioning they belong to."""
+        keys = [self.pairs.keys[index] for index in indices]
+        pairs = [self.pairs.pair(index) for index in indices]
+        places = list(zip(keys, visits, strict=True))
+        like = [pair.winner.mean for pair in pairs]
+        device = self.family.device
+        prompts = [
+            EMPTY_PROMPT if self._uniform(CAPTION_DROPOUT, *place) < self.caption_dropout else pair.prompt
+            for place, pair in zip(places, pairs, strict=True)
+        ]
+        conditioning = {name: value.to(device) for name, value in self.pairs.conditioning(prompts).items()}
+        return Part(
+            keys=keys,
+            batch_pairs=batch_pairs,
+            x_0_winner=self._latents([pair.winner for pair in pairs], self._normal(POSTERIOR_WINNER, places, like)),
+            x_0_loser=self._latents([pair.loser for pair in pairs], self._normal(POSTERIOR_LOSER, places, like)),
+            noise=self._normal(NOISE, places, like),
+            t=torch.tensor([self._timestep(*place) for place in places], device=device),
+            conditioning_winner=self.family.with_geometry(
+                conditioning, torch.cat([pair.winner_geometry for pair in pairs]).to(device)
+            ),
+            conditioning_loser=self.family.with_geometry(
+                conditioning, torch.cat([pair.loser_geometry for pair in pairs]).to(device)
+            ),
+            dropout_seed=seed_of(self.seed, ADAPTER_DROPOUT, *(index for place in places for index in place)),
+        )
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return numpy_generator(self.seed, PAIR_ORDER, epoch).permutation(len(self.pairs))
+
+    def _uniform(self, purpose: str, key: str, visit: int) -> float:
+        generator = torch_generator(self.seed, purpose, key, visit)
+        return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    def _timestep(self, key: str, visit: int) -> int:
+        low, high = self.timestep_range
+        return int(torch.randint(low, high, (), generator=torch_generator(self.seed, TIMESTEP, key, visit)))
+
+    def _normal(self, purpose: str, places: Sequence[tuple[str, int]], like: Sequence[Tensor]) -> Tensor:
+        draws = [
+            torch.randn(latent.shape, generator=torch_generator(self.seed, purpose, *place))
+            for place, latent in zip(places, like, strict=True)
+        ]
+        return torch.cat(draws).to(self.family.device)
+
+    def _latents(self, moments: Sequence[Moments], noise: Tensor) -> Tensor:
+        device = self.family.device
+        mean = torch.cat([m.mean for m in moments]).to(device)
+        std = torch.cat([m.std for m in moments]).to(device)
+        return self.family.latents(Moments(mean, std), noise)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Progress(Protocol):
-    """One job after another: `start`, many `advance`, `stop`. `message` may come at any time."""
+    """One job after another: `start`, many `advance`, `stop`. `message` may come at any time; None: total unknown."""
 
-    def start(self, total: int, what: str) -> None: ...
+    def start(self, total: int | None, what: str) -> None: ...
 
     def advance(self, n: int = 1, **metrics: float) -> None: ...
 
@@ -51,23 +51,29 @@ class PlainProgress:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._quiet, self._interval, self._clock = quiet, interval_seconds, clock
-        self._what, self._total, self._done, self._start = "", 0, 0, 0.0
+        self._what, self._done, self._start = "", 0, 0.0
+        self._total: int | None = 0
         self._last: float | None = None
 
-    def start(self, total: int, what: str) -> None:
+    def start(self, total: int | None, what: str) -> None:
         self._what, self._total, self._done, self._last = what, total, 0, None
         self._start = self._clock()
 
     def advance(self, n: int = 1, **metrics: float) -> None:
         self._done += n
         now = self._clock()
-        if self._last is not None and now - self._last < self._interval and self._done < self._total:
+        unfinished = self._total is None or self._done < self._total
+        if self._last is not None and now - self._last < self._interval and unfinished:
             return
         self._last = now
-        fields: dict[str, object] = {"what": self._what.replace(" ", "_"), "done": self._done, "total": self._total}
+        fields: dict[str, object] = {"what": self._what.replace(" ", "_"), "done": self._done}
+        if self._total is not None:
+            fields["total"] = self._total
         if now > self._start:
             rate = self._done / (now - self._start)
-            fields |= {"per_second": f"{rate:.4g}", "eta_seconds": f"{(self._total - self._done) / rate:.0f}"}
+            fields["per_second"] = f"{rate:.4g}"
+            if self._total is not None:
+                fields["eta_seconds"] = f"{(self._total - self._done) / rate:.0f}"
         fields |= {name: f"{value:.5g}" for name, value in metrics.items()}
         if not self._quiet:
             self._write(" ".join(f"{name}={value}" for name, value in fields.items()))
@@ -95,7 +101,7 @@ class RichProgress:
         self._bar: Bar | None = None
         self._start, self._done = 0.0, 0
 
-    def start(self, total: int, what: str) -> None:
+    def start(self, total: int | None, what: str) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.stop()

@@ -1,0 +1,79 @@
+"""Preference pairs: what a source yields, what it reports, and which prompts are held out."""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lora_dpo.randomness import seed_of
+
+EXAMPLES_PER_REASON = 5
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One decided comparison: encoded pictures, the first of them preferred; `origin` is "file:row"."""
+
+    prompt: str
+    winner: bytes
+    loser: bytes
+    origin: str
+
+
+@dataclass
+class SourceReport:
+    """What became of every row: `rows` = `kept` + the sum of `dropped`.
+
+    Attributes:
+        rows: rows of the chosen split.
+        kept: rows that became a Preference.
+        dropped: number of rows by reason.
+        examples: by reason, the first few origins with what was found there.
+        elsewhere: rows of other splits; they count nowhere else.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    elsewhere: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str, origin: str, detail: str = "") -> None:
+        """Counts a row that is left out, and keeps it as an example while there are few."""
+        self.dropped[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES_PER_REASON:
+            shown.append(f"{origin}: {detail}" if detail else origin)
+
+    def summary(self) -> str:
+        """One line, e.g. "1000 rows: 912 kept, 80 tie, 8 undecodable image"."""
+        parts = [f"{self.kept} kept", *(f"{count} {reason}" for reason, count in self.dropped.most_common())]
+        elsewhere = ", ".join(f"{count} in split {name!r}" for name, count in self.elsewhere.most_common())
+        return f"{self.rows} rows: {', '.join(parts)}" + (f" (beside them {elsewhere})" if elsewhere else "")
+
+
+class PreferenceSource(ABC):
+    """Pairs in a fixed order. Each iteration starts `report` afresh and fills it."""
+
+    report: SourceReport
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Preference]:
+        """Yields the decided, usable rows; raises UserError where none is left."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest that changes with any byte of the source and with what is selected from it."""
+
+
+def split_by_prompt(prompt: str, heldout_fraction: float, seed: int) -> Literal["train", "heldout"]:
+    """Which side a prompt is on, from the prompt alone: no prompt is on both, whatever the rows' order or number.
+
+    Prompts that a text encoder reads as the same (case, white space, Unicode form) share a side.
+    """
+    same = " ".join(unicodedata.normalize("NFC", prompt).casefold().split())
+    return "heldout" if seed_of(seed, "heldout", same) < heldout_fraction * 2**63 else "train"

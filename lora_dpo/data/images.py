@@ -1,0 +1,81 @@
+"""Encoded pictures to RGB, and the square that training sees of them.
+
+Policy: rotated as EXIF says; grey, CMYK, palette and 16-bit pictures become 8-bit RGB; transparent ones lie on white;
+colour profiles are not applied. Refused with a UserError: truncated or unknown files, animations, pictures of more
+than `MAX_PIXELS`, and formats outside `FORMATS` (vector formats would start an interpreter).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lora_dpo.errors import UserError
+
+Image.init()
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
+MAX_PIXELS = 100_000_000
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """The picture in 8-bit RGB, upright. `where` names it in the UserError that a bad one raises."""
+    try:
+        with warnings.catch_warnings():
+            # Damaged metadata warns, and the size is checked below: neither is the reader's concern.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UserError(f"the image has {width}×{height} pixels, more than {MAX_PIXELS:,}", where)
+                # A phone's JPEG may be of the kind MPO, which holds the picture first and auxiliary ones after it.
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                    raise UserError("the image is animated or has several pages", where, "save one frame of it")
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of nearly every kind on damaged bytes.
+        raise UserError(f"the image can't be decoded ({type(error).__name__}: {error})", where) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # `convert` would clip 16-bit values at 255.
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_square(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The middle of the picture at `resolution`×`resolution`, and where it lies.
+
+    The short side is scaled to `resolution` (bicubic, antialiased) and the long side is cropped, in one resampling,
+    so that an extremely long picture is never enlarged as a whole.
+
+    Returns:
+        the square, and (top, left) of the crop in pixels of the scaled picture, as SDXL's conditioning wants it
+        [SDXL, sec. 2.2].
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    scale = resolution / side
+    return square, (round(top * scale), round(left * scale))
+
+
+def to_pixels(image: Image.Image) -> Float[Tensor, "3 H W"]:
+    """An RGB picture as float32 in [0, 1]."""
+    levels: UInt8[Tensor, "H W 3"] = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return levels.permute(2, 0, 1).float() / 255

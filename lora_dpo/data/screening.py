@@ -1,0 +1,130 @@
+"""What every source checks alike: split, caption, label, pictures. Rows left out are counted with their reason."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora_dpo.data import Preference, PreferenceSource, SourceReport, split_by_prompt
+from lora_dpo.data.images import decode
+from lora_dpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read: `label` is 1 where `images[0]` is preferred, 0 where `images[1]` is, 0.5 for a tie."""
+
+    origin: str
+    prompt: str
+    images: tuple[bytes, bytes]
+    label: float
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row that could not be read."""
+
+    origin: str
+    reason: str
+    detail: str = ""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a source are wanted.
+
+    Attributes:
+        split: the wanted split; None takes every row.
+        heldout_split: the name that means "held out" where the rows name no split of their own.
+        heldout_fraction: share of prompts held out there, by `split_by_prompt`.
+        seed: of that division.
+        limit: at most so many kept pairs.
+    """
+
+    split: str | None = None
+    heldout_split: str = "heldout"
+    heldout_fraction: float = 0.05
+    seed: int = 0
+    limit: int | None = None
+
+    def elsewhere(self, row: Row | Unusable) -> str | None:
+        """The name of the split that the row belongs to, if it is not the wanted one."""
+        if self.split is None:
+            return None
+        if row.split is not None:
+            return None if row.split == self.split else row.split
+        if isinstance(row, Unusable):
+            return None
+        side = split_by_prompt(row.prompt, self.heldout_fraction, self.seed)
+        wanted: Literal["train", "heldout"] = "heldout" if self.split == self.heldout_split else "train"
+        return None if side == wanted else side
+
+
+class ScreenedSource(PreferenceSource):
+    """A source that reads rows and leaves their judgement to this class."""
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self.path = path
+        self.selection = selection
+        self.report = SourceReport()
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row | Unusable]:
+        """Every row, in the source's order."""
+
+    def __iter__(self) -> Iterator[Preference]:
+        report = self.report = SourceReport()
+        for row in self.rows():
+            if (elsewhere := self.selection.elsewhere(row)) is not None:
+                report.elsewhere[elsewhere] += 1
+                continue
+            report.rows += 1
+            unusable = row if isinstance(row, Unusable) else _judge(row)
+            if isinstance(unusable, Unusable):
+                report.drop(unusable.reason, unusable.origin, unusable.detail)
+                continue
+            report.kept += 1
+            yield unusable
+            if report.kept == self.selection.limit:
+                return
+        if not report.kept:
+            examples = [f"{reason}: {shown[0]}" for reason, shown in report.examples.items()]
+            raise UserError(
+                f"no usable pair: {report.summary()}",
+                self.path,
+                "for example " + "; ".join(examples) if examples else "choose another split or file",
+            )
+
+
+def _judge(row: Row) -> Preference | Unusable:
+    if not row.prompt.strip():
+        return Unusable(row.origin, "blank caption")
+    if row.label == 0.5:
+        return Unusable(row.origin, "tie")
+    if row.label not in (0, 1):
+        return Unusable(row.origin, "label out of range", f"got {row.label}, expected 0, 0.5 (tie) or 1")
+    if row.images[0] == row.images[1]:
+        return Unusable(row.origin, "identical images")
+    for image in row.images:
+        try:
+            decode(image, row.origin)
+        except UserError as error:
+            return Unusable(row.origin, "undecodable image", error.what)
+    winner, loser = row.images if row.label == 1 else row.images[::-1]
+    return Preference(row.prompt, winner, loser, row.origin)
+
+
+def content_digest(files: Mapping[str, Path], *settings: object) -> str:
+    """A digest of names, every byte of the files, and what is selected from them."""
+    digest = hashlib.blake2b(repr(settings).encode("utf-8", "surrogatepass"), digest_size=16)
+    for name, path in files.items():
+        digest.update(f"\x1e{name}\x1f".encode("utf-8", "surrogatepass"))
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""What Stable Diffusion and SDXL share: a KL autoencoder, a conditional UNet, and loading in phases."""
+
+from __future__ import annotations
+
+import gc
+from abc import abstractmethod
+from pathlib import Path
+from typing import final
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+from transformers import CLIPTokenizer, PreTrainedModel
+
+from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.families import Family, Moments
+from lora_dpo.families.folder import PipelineFolder
+from lora_dpo.families.schedule import Schedule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UNetFamily(Family):
+    """A base model in diffusers' folder format. Nothing but its configurations is read before it is needed.
+
+    Args:
+        base: a diffusers folder, or a hub id.
+        revision: of the hub id: branch, tag or commit.
+        vae: another VAE: folder or hub id.
+        dtype: of the denoiser and the text encoders: "float32", "bfloat16" or "float16".
+        device: where everything is computed.
+
+    Raises:
+        UserError: a base that isn't there, isn't of this family, or can't be trained this way (inpainting, depth).
+    """
+
+    components: tuple[str, ...]
+    text_components: tuple[str, ...]
+
+    def __init__(
+        self,
+        base: Path | str,
+        *,
+        revision: str | None = None,
+        vae: Path | str | None = None,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}", "dtype", f"one of {', '.join(DTYPES)}")
+        self.folder = PipelineFolder(base, revision=revision, vae=vae)
+        self.dtype, self.device = DTYPES[dtype], torch.device(device)
+        self._check_kind()
+        self._vae_config, unet = self.folder.config("vae"), self.folder.config("unet")
+        self.latent_channels = int(self._vae_config.get("latent_channels", 4))
+        if unet.get("in_channels", 4) != self.latent_channels:
+            raise UserError(
+                f"the denoiser takes {unet.get('in_channels')} channels and the VAE gives {self.latent_channels}",
+                self.folder.path,
+                "inpainting, depth and other image-conditioned models can't be trained on preferences",
+            )
+        self.latent_scale = 2 ** (len(self._vae_config.get("block_out_channels", (64,))) - 1)
+        self.resolution = int(unet.get("sample_size") or 64) * self.latent_scale
+        self.schedule = Schedule(self.folder.config("scheduler"), device=self.device, where=self.folder.path)
+        self._unet: UNet2DConditionModel | None = None
+        self._vae: AutoencoderKL | None = None
+        self._texts: list[tuple[CLIPTokenizer, PreTrainedModel]] | None = None
+        self._fingerprint: dict[str, str] | None = None
+
+    @abstractmethod
+    def _load_texts(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+        """The text encoders with their tokenizers, in the pipeline's order."""
+
+    @property
+    @final
+    def denoiser(self) -> UNet2DConditionModel:
+        if self._unet is None:
+            self._unet = self.folder.unet(self.dtype, self.device)
+        return self._unet
+
+    @final
+    def encode_images(self, pixels: Float[Tensor, "b 3 H W"]) -> Moments:
+        with torch.no_grad():
+            posterior = self._autoencoder().encode(pixels.to(self.device, torch.float32) * 2 - 1).latent_dist
+        moments = Moments(posterior.mean, posterior.std)
+        finite = torch.stack([part.isfinite().flatten(1).all(dim=1) for part in moments]).all(dim=0)
+        if not finite.all():
+            bad = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
+            raise LoraDpoError(f"the VAE's moments have NaN or infinite values for image {bad} of the batch")
+        return moments
+
+    @final
+    def latents(self, moments: Moments, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        shift, scale = self._affine(moments.mean)
+        return (moments.mean + moments.std * noise - shift) * scale
+
+    @final
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        latents = latents.to(self.device, torch.float32)
+        shift, scale = self._affine(latents)
+        with torch.no_grad():
+            images = self._autoencoder().decode(latents / scale + shift).sample
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @final
+    def release_encoders(self) -> None:
+        self._vae = self._texts = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @final
+    def fingerprint(self) -> dict[str, str]:
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "vae": self.folder.digest("vae"),
+                # The conditioning is stored in the dtype in which it is computed.
+                "text_encoders": f"{self.folder.digest(*self.text_components)}-{str(self.dtype).split('.')[-1]}",
+                "unet": self.folder.digest("unet"),
+            }
+        return dict(self._fingerprint)
+
+    def _check_kind(self) -> None:
+        missing = [name for name in self.components if not (self.folder.path / name).is_dir() and name != "vae"]
+        second = "text_encoder_2" in self.folder.index and "text_encoder_2" not in self.components
+        if missing or second:
+            kind = self.folder.index.get("_class_name", "an unknown pipeline")
+            problem = f"it has no {', '.join(missing)}" if missing else "it has a second text encoder"
+            raise UserError(
+                f"not a base model of family {self.name!r}: {problem} (it is {kind})",
+                self.folder.path,
+                'choose the family that fits: SDXL models are "sdxl", SD 1.x and 2.x are "stable_diffusion"',
+            )
+
+    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale) of x_0 = (z - shift) · scale, from the VAE's configuration."""
+        scaling = float(self._vae_config.get("scaling_factor", 0.18215))
+        mean, std = self._vae_config.get("latents_mean"), self._vae_config.get("latents_std")
+        if mean is None or std is None:
+            return 0.0, scaling
+        return like.new_tensor(mean).view(1, -1, 1, 1), scaling / like.new_tensor(std).view(1, -1, 1, 1)
+
+    def _autoencoder(self) -> AutoencoderKL:
+        if self._vae is None:
+            self._vae = self.folder.vae(self.device)
+            first = self._vae.post_quant_conv if self._vae.post_quant_conv is not None else self._vae.decoder
+            # Pipelines hand over latents in the denoiser's dtype, and this VAE stays in float32.
+            first.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+        return self._vae
+
+    def _encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+        if self._texts is None:
+            self._texts = self._load_texts()
+        return self._texts
+
+    def _tokens(self, tokenizer: CLIPTokenizer, prompts: list[str]) -> dict[str, Tensor]:
+        """Input ids and attention mask [b, tokens], padded and cut to the encoder's length."""
+        encoded = tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def _finished(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline

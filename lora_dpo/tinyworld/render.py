@@ -33,14 +33,22 @@ def outline(shape: str) -> np.ndarray:
         return np.stack([x, y - 1.5], 1) / 15.5
     if shape == "cross":
         w, e = 0.36, 1.04
-        corners = [(-w, -e), (w, -e), (w, -w), (e, -w), (e, w), (w, w), (w, e), (-w, e), (-w, w), (-e, w), (-e, -w), (-w, -w)]  # fmt: skip
+        quarter = [(-w, -w), (-w, -e), (w, -e)]  # one arm; turned by 90° three times
+        corners = [p for k in range(4) for p in (_turned(q, k) for q in quarter)]
         return np.array(corners)
     raise ValueError(f"no such shape: {shape!r}")
 
 
+def _turned(point: tuple[float, float], quarters: int) -> tuple[float, float]:
+    x, y = point
+    for _ in range(quarters):
+        x, y = -y, x
+    return x, y
+
+
 @functools.cache
 def field(shape: str) -> np.ndarray:
-    """Signed distance to a shape's edge in radii, negative inside, on a square grid reaching `REACH` radii: [GRID, GRID]."""
+    """Signed distance to a shape's edge in radii, negative inside, on a grid reaching `REACH` radii: [GRID, GRID]."""
     points = outline(shape)
     ends = np.roll(points, -1, 0)
     axis = np.linspace(-REACH, REACH, GRID)
@@ -57,7 +65,7 @@ def field(shape: str) -> np.ndarray:
 
 
 def distance(placed: Placed, dx: float = 0.0, dy: float = 0.0) -> np.ndarray:
-    """Signed distance in pixels to an object's edge at every pixel centre, optionally with the object shifted: [SIZE, SIZE]."""
+    """Signed distance in pixels to the edge of an object, shifted by (dx, dy), at every pixel centre: [SIZE, SIZE]."""
     axis = np.arange(SIZE) + 0.5
     x, y = np.meshgrid((axis - placed.x - dx) / placed.radius, (axis - placed.y - dy) / placed.radius)
     c, s = np.cos(placed.turn), np.sin(placed.turn)
@@ -96,7 +104,9 @@ def render(scene: Scene) -> np.ndarray:
         if scene.style == "shaded":
             ball = ((px - placed.x) * LIGHT[0] + (py - placed.y) * LIGHT[1]) / placed.radius  # -1 in shade … 1 in light
             rgb = rgb * (1.0 - 0.42 * np.clip(0.25 - ball, 0, 1.2))[..., None]
-            glow = np.exp(-(((px - placed.x) / placed.radius + 0.32) ** 2 + ((py - placed.y) / placed.radius + 0.42) ** 2) / 0.10)
+            glow = np.exp(
+                -(((px - placed.x) / placed.radius + 0.32) ** 2 + ((py - placed.y) / placed.radius + 0.42) ** 2) / 0.10
+            )
             rgb = rgb + (1 - rgb) * (0.42 * glow)[..., None]
         elif scene.style == "outlined":
             rim = np.clip(0.5 + (d + 1.7), 0, 1)[..., None]

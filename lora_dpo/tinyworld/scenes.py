@@ -88,7 +88,9 @@ def write(facts: Facts) -> str:
     """The caption of some facts; `read` is its inverse."""
 
     def phrase(item: Item, many: bool = False) -> str:
-        return " ".join(w for w in (item.size, item.texture, item.colour, plural(item.shape) if many else item.shape) if w)
+        return " ".join(
+            w for w in (item.size, item.texture, item.colour, plural(item.shape) if many else item.shape) if w
+        )
 
     if facts.kind == "count":
         word = next(w for w, n in COUNTS.items() if n == facts.count)

@@ -1,0 +1,144 @@
+"""How a picture looks, whatever its caption: shading, outline, vividness and crispness, from its pixels alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from .appearance import hues, inside
+from .render import LIGHT
+from .segmentation import Objects, dilate, erode
+
+SLOPE, CAST = (
+    0.33,
+    0.15,
+)  # brightness per radius along the light, and depth of the shadow, of the renderer's shaded style
+RIM = 0.72  # an outline is darker than this, relative to the inside
+MUTED, VIVID = 0.62, 0.96  # saturation of plain object pixels at vividness 0 and 1
+SHARP, SOFT = 0.20, 1.0  # light spilt over an object's edge, in pixels: a clean render, and a hopeless blur
+NOISE = 0.03  # deviation of the background at which crispness has fallen to 1/e
+
+
+@dataclass(frozen=True)
+class Look:
+    """The look of a batch of pictures; NaN in every field where a picture has no object.
+
+    Attributes:
+        shading: 0 for flat and outlined pictures, about 1 for the renderer's shaded ones: half from brightness that
+            falls along the light's direction, half from a shadow below right of the objects. Continuous; may be a
+            little below 0 or above 1.
+        outline: 0 no outline … 1 an outline as dark as the renderer's, from the brightness of the objects' rims.
+        vividness: the renderer's parameter, 0 muted … 1 vivid, from the saturation of the objects' inside.
+        crispness: 1 for sharp edges and a clean background, towards 0 with blur or noise.
+    """
+
+    shading: Float[np.ndarray, " b"]
+    outline: Float[np.ndarray, " b"]
+    vividness: Float[np.ndarray, " b"]
+    crispness: Float[np.ndarray, " b"]
+
+    def style(self, k: int) -> str:
+        """ "shaded", "outlined" or "flat": the renderer's style that picture k looks most like."""
+        return "shaded" if self.shading[k] > 0.45 else "outlined" if self.outline[k] > 0.5 else "flat"
+
+
+def look(
+    images: Float[np.ndarray, "b h w 3"],
+    objects: Objects,
+    x: Float[np.ndarray, " n"],
+    y: Float[np.ndarray, " n"],
+    radius: Float[np.ndarray, " n"],
+) -> Look:
+    """Measures the look of pictures whose objects are known, averaged over each picture's objects (by area).
+
+    Args:
+        images: RGB in [0, 1].
+        x, y, radius: of each object, in pixels.
+    """
+    owner, mask = objects.owner, objects.mask
+    count = len(images)
+    area = mask.sum((1, 2)).astype(float)
+
+    def per_picture(values: np.ndarray, weight: np.ndarray = area) -> np.ndarray:
+        total = np.bincount(owner, weight, minlength=count)
+        with np.errstate(invalid="ignore"):
+            return np.bincount(owner, values * weight, minlength=count) / np.where(total > 0, total, np.nan)
+
+    core = inside(mask)
+    bright = images.mean(-1)[owner]
+    axis = np.arange(mask.shape[-1]) + 0.5
+    along = (axis[None, None] - x[:, None, None]) * LIGHT[0] + (axis[None, :, None] - y[:, None, None]) * LIGHT[1]
+    along = along / np.maximum(radius, 1)[:, None, None]
+    slope = _slope(along, bright, core)
+    rim = erode(mask)
+    rim &= ~erode(rim)
+    dark = 1 - _mean(images.max(-1)[owner], rim) / np.maximum(_mean(images.max(-1)[owner], core), 1e-3)
+    shading = 0.5 * per_picture(slope) / SLOPE + 0.5 * _shadow(objects, count) / CAST
+    return Look(
+        shading=shading,
+        outline=np.clip(per_picture(dark) / (2 * (1 - RIM)), 0, 1),
+        vividness=np.clip((per_picture(_saturation(images, objects, core, along)) - MUTED) / (VIVID - MUTED), 0, 1),
+        crispness=np.clip((SOFT - per_picture(_spill(objects))) / (SOFT - SHARP), 0, 1)
+        * np.exp(-_unrest(images, objects) / NOISE),
+    )
+
+
+def _mean(values: np.ndarray, where: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, " n"]:
+    return (values * where).sum((1, 2)) / np.maximum(where.sum((1, 2)), 1)
+
+
+def _slope(along: np.ndarray, bright: np.ndarray, core: np.ndarray) -> Float[np.ndarray, " n"]:
+    """Least-squares slope of brightness, relative to its mean, along the light's direction."""
+    mean, middle = _mean(bright, core), _mean(along, core)
+    off = (along - middle[:, None, None]) * core
+    return (off * bright).sum((1, 2)) / np.maximum((off**2).sum((1, 2)) * mean, 1e-6)
+
+
+def _shadow(objects: Objects, count: int) -> Float[np.ndarray, " b"]:
+    """How much darker the background is below right of the objects than above left: blur's halo cancels."""
+    any_ = np.zeros((count, *objects.mask.shape[1:]), bool)
+    np.logical_or.at(any_, objects.owner, objects.mask)
+    free = ~dilate(any_)
+    depth = np.clip(1 - objects.light, -0.2, 0.5)
+    below, above = np.zeros_like(any_), np.zeros_like(any_)
+    below[:, 3:, 2:] = any_[:, :-3, :-2]
+    above[:, :-3, :-2] = any_[:, 3:, 2:]
+    return _mean(depth, below & free) - _mean(depth, above & free)
+
+
+def _saturation(images: np.ndarray, objects: Objects, core: np.ndarray, along: np.ndarray) -> Float[np.ndarray, " n"]:
+    """Median saturation of the half away from the light, which the highlight doesn't wash out."""
+    saturation = hues(images)[1] / np.maximum(images.max(-1), 0.05)
+    found = np.zeros(len(objects.owner))
+    for k, owner in enumerate(objects.owner):
+        away = core[k] & (along[k] < 0)
+        found[k] = np.median(saturation[owner][away if away.any() else objects.mask[k]])
+    return found
+
+
+def _spill(objects: Objects) -> Float[np.ndarray, " n"]:
+    """Contrast outside the objects' half-height edge, in pixels (full contrast × width)."""
+    near = dilate(dilate(objects.mask))
+    taken = np.zeros(objects.contrast.shape, np.int16)
+    np.add.at(taken, objects.owner, near)
+    near &= taken[objects.owner] == 1
+    strong = _mean(objects.contrast[objects.owner], erode(objects.mask))
+    relative = np.clip(objects.contrast[objects.owner] / np.maximum(strong, 0.05)[:, None, None], 0, 1)
+    body = objects.mask & (relative > 0.5) | erode(objects.mask)
+    length = np.maximum((body & ~erode(body)).sum((1, 2)), 1)
+    return (np.maximum(relative - 0.06, 0) * (near & ~body)).sum((1, 2)) / length
+
+
+def _unrest(images: np.ndarray, objects: Objects) -> Float[np.ndarray, " b"]:
+    """Deviation between neighbouring pixels of the background, away from objects and shadows; 0 in a clean picture."""
+    far = np.ones(objects.contrast.shape, bool)
+    near = objects.mask
+    for _ in range(4):
+        near = dilate(near)
+    np.logical_and.at(far, objects.owner, ~near)
+    far &= objects.light > 0.93
+    both = far[:, :, 1:] & far[:, :, :-1]
+    step = ((images[:, :, 1:] - images[:, :, :-1]) ** 2).mean(-1)
+    return np.sqrt(_mean(step, both) / 2) + _mean(objects.contrast, far) / 2

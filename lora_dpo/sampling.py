@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lora_dpo import atomic
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.progress import Progress
 from lora_dpo.randomness import torch_generator
@@ -117,29 +118,17 @@ def save_pngs(
         for key, value in (metadata[index] if metadata is not None else {}).items():
             text.add_text(key, str(value))
         path = directory / (name if name.endswith(".png") else f"{name}.png")
-        with complete_or_absent(path) as file:
-            to_pil(image).save(file, "PNG", pnginfo=text)
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, "PNG", pnginfo=text)
+        with atomic.clear_os_errors(path):
+            directory.mkdir(parents=True, exist_ok=True)
+            atomic.replace(path, buffer.getvalue())
         paths.append(path)
     return paths
 
 
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[BinaryIO]:
-    """A file written beside `path` and renamed once it is on the disk; after an exception, what was there is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _sample(
-    pipeline: DiffusionPipeline,
+    pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
@@ -277,7 +266,7 @@ def _for_inference(pipeline) -> Iterator[None]:
 @contextmanager
 def _lora(pipeline, *, enabled: bool) -> Iterator[None]:
     """The pipeline's LoRA on or off; afterwards each layer as it was."""
-    parts = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    parts: list[Any] = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     layers = [m for part in parts for m in part.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     if not layers:
         raise UserError("no LoRA is loaded on the pipeline", hint="call pipeline.load_lora_weights(...) first")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora_dpo.errors import LoraDpoError
 from lora_dpo.evaluation.statistics import sign_test, wilson_interval
-from lora_dpo.evaluation.win_rate import compare, compare_details, table
+from lora_dpo.evaluation.win_rate import compare, compare_details
 
 NAN = math.nan
 
@@ -107,17 +106,3 @@ def test_details_have_to_match():
         compare_details({"x": [1.0]}, {"y": [1.0]}, ["p"], seed=0)
     with pytest.raises(LoraDpoError, match="infinite"):
         compare_details({"x": [math.inf]}, {"x": [1.0]}, ["p"], seed=0)
-
-
-def test_table_shows_the_intervals():
-    from rich.console import Console
-
-    rng = np.random.default_rng(0)
-    base, adapted = rng.normal(0, 1, 60), rng.normal(0.8, 1, 60)
-    rows = {"preference": compare(adapted, base, range(60), seed=0)}
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(table("Held out", rows))
-    text = console.export_text()
-    low, high = rows["preference"].ci95
-    assert f"{rows['preference'].win_rate:.3f} [{low:.3f}, {high:.3f}]" in text
-    assert f"{rows['preference'].effect.mean:+.3f} [" in text

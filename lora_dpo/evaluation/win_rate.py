@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lora_dpo.errors import LoraDpoError
 from lora_dpo.evaluation.statistics import Effect, Interval, effect, further_groups, holm, sign_test, win_rate_interval
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Scores = Sequence[int | float] | np.ndarray | Tensor
 
@@ -97,32 +94,6 @@ def compare_details(
             result[name] = _compare(a[both], b[both], kept, excluded=int((~both).sum()), seed=seed)
     corrected = holm([comparison.p_value for comparison in result.values()])
     return {name: replace(result[name], p_holm=p) for name, p in zip(result, corrected, strict=True)}
-
-
-def table(title: str, rows: Mapping[str, Comparison], *, name_a: str = "adapted", name_b: str = "base") -> Table:
-    """A rich table: one line per score."""
-    from rich.table import Table
-    from rich.text import Text
-
-    view = Table(title=title, title_justify="left", header_style="bold")
-    view.add_column("score")
-    for header in (name_b, name_a, "difference [95 %]", "win rate [95 %]", "won / tied / lost", "p"):
-        view.add_column(header, justify="right")
-    for name, row in rows.items():
-        low, high = row.effect.ci95
-        difference = f"{row.effect.mean:+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
-        clear = row.ci95[0] > 0.5 or row.ci95[1] < 0.5
-        win_rate = f"{row.win_rate:.3f} [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
-        view.add_row(
-            Text(name),
-            f"{row.mean_b:.3f}",
-            f"{row.mean_a:.3f}",
-            Text(difference),
-            Text(win_rate, style="bold" if clear else ""),
-            f"{row.wins} / {row.ties} / {row.losses}",
-            f"{row.p_value if row.p_holm is None else row.p_holm:.2g}",
-        )
-    return view
 
 
 def _compare(a: np.ndarray, b: np.ndarray, prompts: list[Hashable], *, excluded: int, seed: int) -> Comparison:

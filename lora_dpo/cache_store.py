@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_dpo import atomic
 from lora_dpo.errors import LoraDpoError, UserError
 
 OPEN_SHARDS = 64
@@ -105,8 +106,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+            atomic.sync(file)
         temporary.replace(path)
+        atomic.sync_directory(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"can't be written ({error})", path.parent, "free some space or choose another folder"

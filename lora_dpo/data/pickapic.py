@@ -174,15 +174,17 @@ def _row(row: dict[str, Any], origin: str) -> Row | Unusable:
     if row.get("has_label") is False:
         return unusable("missing label", "has_label is false")
     labels = [_number(row[name]) for name in ("label_0", "label_1") if name in row]
-    if any(label is None for label in labels):
+    decided = [label for label in labels if label is not None]
+    if len(decided) < len(labels):
         return unusable("missing label", ", ".join(f"{n}={row[n]!r}" for n in ("label_0", "label_1") if n in row))
-    if len(labels) == 2 and labels[0] + labels[1] != 1:
-        outside = any(label not in (0, 0.5, 1) for label in labels)
-        return unusable("label out of range" if outside else "contradictory labels", f"{labels[0]} and {labels[1]}")
+    if len(decided) == 2 and sum(decided) != 1:
+        outside = any(label not in (0, 0.5, 1) for label in decided)
+        return unusable("label out of range" if outside else "contradictory labels", f"{decided[0]} and {decided[1]}")
     images = [value.get("bytes") if isinstance(value := row[name], dict) else value for name in ("jpg_0", "jpg_1")]
-    if not all(isinstance(image, bytes) and image for image in images):
+    first, second = (image if isinstance(image, bytes) else b"" for image in images)
+    if not first or not second:
         return unusable("missing image")
-    return Row(origin, caption, (images[0], images[1]), labels[0], split)
+    return Row(origin, caption, (first, second), decided[0], split)
 
 
 def _number(value: Any) -> float | None:

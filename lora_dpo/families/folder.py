@@ -64,7 +64,7 @@ class PipelineFolder:
         with _explained(folder), _quiet():
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
-    def scheduler(self) -> SchedulerMixin:
+    def scheduler(self) -> Any:
         """The sampler that the folder names, with its settings."""
         name = str(self.config("scheduler").get("_class_name"))
         kind = getattr(diffusers, name, None)
@@ -104,13 +104,13 @@ class PipelineFolder:
                 return variants[variant], variant
         raise UserError("no safetensors weights here", folder, "convert them: pickled weights are not loaded")
 
-    def _model(self, kind: type, component: str, dtype: torch.dtype, device: torch.device) -> Any:
+    def _model(self, kind: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
         folder = self._folder(component)
         _, variant = self._weights(component)
         # Without a dtype, transformers keeps the file's and diffusers takes float32: they then don't fit together.
         name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
         with _explained(folder), _quiet():
-            model = kind.from_pretrained(
+            model: Any = kind.from_pretrained(
                 folder, variant=variant, use_safetensors=True, local_files_only=True, **{name: dtype}
             )
         return model.to(device).requires_grad_(False).eval()

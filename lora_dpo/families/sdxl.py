@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_dpo.errors import LoraDpoError
 from lora_dpo.families import Conditioning
@@ -73,7 +73,7 @@ class SDXL(UNetFamily):
             )
         )
 
-    def _load_texts(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def _load_texts(self) -> list[tuple[CLIPTokenizer, Any]]:
         first = self.folder.text_encoder(CLIPTextModel, "text_encoder", self.dtype, self.device)
         second = self.folder.text_encoder(CLIPTextModelWithProjection, "text_encoder_2", self.dtype, self.device)
         return [(self.folder.tokenizer("tokenizer"), first), (self.folder.tokenizer("tokenizer_2"), second)]

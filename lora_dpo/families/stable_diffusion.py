@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_dpo.families import Conditioning
 from lora_dpo.families.unet import UNetFamily
@@ -41,6 +41,7 @@ class StableDiffusion(UNetFamily):
 
     def pipeline(self) -> StableDiffusionPipeline:
         ((tokenizer, encoder),) = self._encoders()
+        absent: Any = None
         return self._finished(
             StableDiffusionPipeline(
                 vae=self._autoencoder(),
@@ -48,12 +49,12 @@ class StableDiffusion(UNetFamily):
                 tokenizer=tokenizer,
                 unet=self.denoiser,
                 scheduler=self.folder.scheduler(),
-                safety_checker=None,
-                feature_extractor=None,
+                safety_checker=absent,
+                feature_extractor=absent,
                 requires_safety_checker=False,
             )
         )
 
-    def _load_texts(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def _load_texts(self) -> list[tuple[CLIPTokenizer, Any]]:
         encoder = self.folder.text_encoder(CLIPTextModel, "text_encoder", self.dtype, self.device)
         return [(self.folder.tokenizer("tokenizer"), encoder)]

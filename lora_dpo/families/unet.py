@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 from abc import abstractmethod
 from pathlib import Path
-from typing import final
+from typing import Any, TypeVar, final
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedModel
+from transformers import CLIPTokenizer
 
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, Moments
 from lora_dpo.families.folder import PipelineFolder
 from lora_dpo.families.schedule import Schedule
 
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -64,12 +65,12 @@ class UNetFamily(Family):
         self.resolution = int(unet.get("sample_size") or 64) * self.latent_scale
         self.schedule = Schedule(self.folder.config("scheduler"), device=self.device, where=self.folder.path)
         self._unet: UNet2DConditionModel | None = None
-        self._vae: AutoencoderKL | None = None
-        self._texts: list[tuple[CLIPTokenizer, PreTrainedModel]] | None = None
+        self._vae: Any = None
+        self._texts: list[tuple[CLIPTokenizer, Any]] | None = None
         self._fingerprint: dict[str, str] | None = None
 
     @abstractmethod
-    def _load_texts(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def _load_texts(self) -> list[tuple[CLIPTokenizer, Any]]:
         """The text encoders with their tokenizers, in the pipeline's order."""
 
     @property
@@ -141,7 +142,7 @@ class UNetFamily(Family):
             return 0.0, scaling
         return like.new_tensor(mean).view(1, -1, 1, 1), scaling / like.new_tensor(std).view(1, -1, 1, 1)
 
-    def _autoencoder(self) -> AutoencoderKL:
+    def _autoencoder(self) -> Any:
         if self._vae is None:
             self._vae = self.folder.vae(self.device)
             first = self._vae.post_quant_conv if self._vae.post_quant_conv is not None else self._vae.decoder
@@ -149,7 +150,7 @@ class UNetFamily(Family):
             first.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
         return self._vae
 
-    def _encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def _encoders(self) -> list[tuple[CLIPTokenizer, Any]]:
         if self._texts is None:
             self._texts = self._load_texts()
         return self._texts
@@ -165,6 +166,6 @@ class UNetFamily(Family):
         )
         return {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
-    def _finished(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    def _finished(self, pipeline: Pipeline) -> Pipeline:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -26,19 +26,15 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextmanager
 def clear_os_errors(where: Path) -> Iterator[None]:
-    """A full disk and a directory that can't be written become a UserError that says so."""
+    """A full disk, or a place that can't be written, becomes a UserError that says so."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, hint = (
-                "no space left on the disk",
-                "free some space and run again: the run resumes where it was saved",
-            )
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what, hint = "the directory can't be written", "change its permissions, or give another --run-dir"
+            what, hint = "no space left on the disk", "free some space and run again: a run resumes where it was saved"
         else:
-            raise
+            what = f"can't be written ({error.strerror or error})"
+            hint = "change its permissions, or choose another directory (--run-dir)"
         raise UserError(what, where=error.filename or where, hint=hint) from error
 
 

@@ -45,7 +45,6 @@ def build(
                     hint='pip install "lora-dpo[adamw8bit]", or use optimizer = "adamw"',
                 ) from error
             return AdamW8bit(parameters.values(), **options)
-    raise UserError(f'unknown optimizer "{kind}"', where="train.optimizer", hint="adamw or adamw8bit")
 
 
 def learning_rate_at(
@@ -66,6 +65,3 @@ def learning_rate_at(
             return learning_rate * left
         case "cosine":
             return learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    raise UserError(
-        f'unknown learning-rate schedule "{schedule}"', where="train.schedule", hint="constant, linear or cosine"
-    )

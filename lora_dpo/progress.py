@@ -29,10 +29,10 @@ class Progress(Protocol):
 
 def make_progress(stream: TextIO | None = None, quiet: bool = False) -> Progress:
     """The fitting one for `stream` (standard error by default); `quiet` keeps messages and drops the rest."""
-    stream = sys.stderr if stream is None else stream
-    if not quiet and stream.isatty():
-        return RichProgress(stream)
-    return PlainProgress(stream, quiet=quiet)
+    shown: TextIO = sys.stderr if stream is None else stream
+    if not quiet and shown.isatty():
+        return RichProgress(shown)
+    return PlainProgress(shown, quiet=quiet)
 
 
 class PlainProgress:

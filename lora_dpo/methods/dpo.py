@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import final
 
 import torch
+from torch import Tensor
 
 from lora_dpo import denoising
 from lora_dpo.adapters import Adapters
@@ -34,7 +35,8 @@ class DPO(Method):
         error_space: ErrorSpace = "epsilon",
     ) -> None:
         self._stream, self._family, self._adapters = stream, family, adapters
-        self._beta, self._error_space = beta, error_space
+        self._beta = beta
+        self._error_space: ErrorSpace = error_space
 
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         return self._stream.batches(start_step)
@@ -50,11 +52,14 @@ class DPO(Method):
         conditioning = {
             name: torch.cat([value, part.conditioning_loser[name]]) for name, value in part.conditioning_winner.items()
         }
-        draw = (self._family, x_0, noise, t, conditioning, self._error_space)
+
+        def both() -> tuple[Tensor, ...]:
+            return denoising.errors(self._family, x_0, noise, t, conditioning, self._error_space).split(len(part))
+
         with torch.no_grad(), self._adapters.reference():
-            ref_error_winner, ref_error_loser = denoising.errors(*draw).split(len(part))
+            ref_error_winner, ref_error_loser = both()
         with part.dropout(self._adapters):
-            error_winner, error_loser = denoising.errors(*draw).split(len(part))
+            error_winner, error_loser = both()
         errors = (error_winner, error_loser, ref_error_winner, ref_error_loser)
         per_pair = losses.dpo(*errors, self._beta)
         with torch.no_grad():

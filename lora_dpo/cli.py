@@ -105,7 +105,7 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         print(f"lora-dpo {__version__}")
         raise typer.Exit
@@ -114,8 +114,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
+        bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the command line).")] = False,
 ) -> None:
     del version, debug  # `main` reads --debug itself, so that it works after the command too
@@ -139,6 +139,7 @@ def train(
     Run again in the same folder, it resumes, or says that it is finished.
     """
     from lora_dpo import recipe as recipes_
+    from lora_dpo.summary import summary
 
     resolved = recipes_.load(recipe, overrides or [])
     directory = run_dir or Path(resolved.output.run_dir or f"runs/{resolved.name}")
@@ -147,9 +148,9 @@ def train(
 
         outcome = build.run(resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet)
     if as_json:
-        _print_json(outcome.result | {"run_dir": str(directory)})
+        _print_json(outcome.result | {"run_dir": str(directory), "pushed": outcome.pushed})
     else:
-        print(build.summary(outcome, recipe))
+        print(summary(outcome.result, directory, already=outcome.already, pushed=outcome.pushed))
 
 
 @app.command()

@@ -11,4 +11,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("lora_dpo", "beartype.beartype")
+import tests.support.typecheck  # noqa: F401 - the hook looks it up by name
+
+install_import_hook("lora_dpo", "tests.support.typecheck.checked")

@@ -1,0 +1,413 @@
+"""From a recipe to a finished run directory: one `match` per choice, then the steps in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dpo import __version__, atomic, cache, export, figures, hub, optimizers, report, tinyworld
+from lora_dpo import recipe as recipes
+from lora_dpo import run_dir as run_dirs
+from lora_dpo.adapters import Adapters
+from lora_dpo.data import PreferenceSource, SourceReport
+from lora_dpo.errors import UserError
+from lora_dpo.evaluation import samples
+from lora_dpo.evaluation.held_out import held_out
+from lora_dpo.families import Family
+from lora_dpo.methods import Method
+from lora_dpo.methods.losses import sum_form_beta
+from lora_dpo.methods.stream import PairStream
+from lora_dpo.progress import Progress, make_progress
+from lora_dpo.recipe import Recipe
+from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, METRICS, RECIPE, RESULT, SAMPLES
+from lora_dpo.scorers import Scorer
+from lora_dpo.train import TrainResult, peak_memory_gib, train
+
+PUSHED = [f"{ADAPTER}/{export.FILE}", CARD, GRID, CURVES, RECIPE, RESULT]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        result: the content of `result.json`.
+        already: it was finished before this call.
+        pushed: the hub repository's address, if it was pushed.
+    """
+
+    run_dir: Path
+    result: dict[str, Any]
+    already: bool = False
+    pushed: str | None = None
+
+
+def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet: bool = False) -> Outcome:
+    """Everything a recipe asks for, in `run_dir`; what is there already is not done again.
+
+    Raises:
+        UserError: input that can't be used, a run directory of another recipe, no disk space.
+        LoraDpoError: training diverged, or the adapter that was written is not the one that was trained.
+        Interrupted: Ctrl-C during training; the run resumes.
+    """
+    progress = make_progress(quiet=quiet)
+    if push_to_hub is not None:
+        hub.require_access(push_to_hub)
+    device = _device(recipe.train.device)
+    held = run_dirs.claim(
+        run_dir, recipes.dump(recipe), lambda file: recipes.differences(recipes.load(str(file)), recipe)
+    )
+    if held is not None:
+        outcome = Outcome(run_dir, held, already=True)
+    else:
+        try:
+            outcome = Outcome(run_dir, _execute(recipe, run_dir, device, progress))
+        finally:
+            progress.stop()
+    if push_to_hub is not None:
+        _write_card(recipe, run_dir, outcome.result, repo=push_to_hub)
+        outcome = replace(outcome, pushed=hub.push(run_dir, push_to_hub, PUSHED))
+    return outcome
+
+
+def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
+    began = time.monotonic()
+    family = _family(recipe, device)
+    directory = _cache_dir(recipe)
+    pairs = cache.fill(_source(recipe, recipe.data.split), family, directory, recipe.data.resolution, _count(progress))
+    kept = pairs.report
+    progress.message(kept.summary())
+    kept_out = _held_out_pairs(recipe, family, directory, progress)
+    prompts = _prompts(recipe)
+
+    if recipe.train.gradient_checkpointing:
+        family.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    adapters = Adapters.attach(
+        family.denoiser,
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        targets=recipe.adapter.targets,
+        dropout=recipe.adapter.dropout,
+        seed=recipe.train.seed,
+    )
+    trained = _train(recipe, run_dir, family, adapters, pairs, device, progress)
+    file = export.save(adapters, run_dir / ADAPTER, _metadata(recipe, family))
+    implicit = None
+    if kept_out is not None:
+        implicit = held_out(
+            family,
+            adapters,
+            kept_out,
+            beta=recipe.method.beta if recipe.method.kind == "dpo" else 1.0,
+            batch=recipe.train.micro_batch_pairs or recipe.train.batch_pairs,
+            seed=recipe.evaluate.seed,
+            timestep_range=recipe.method.timestep_range,
+            progress=progress,
+        )
+    verified = export.verify(adapters, family, file, export.probe(pairs, family))
+    progress.message(f"{file} is verified: stock diffusers predicts the same to {verified.difference:.1e}")
+
+    result: dict[str, Any] = {
+        "name": recipe.name,
+        "adapter": file.relative_to(run_dir).as_posix(),
+        "base": str(_base(recipe)),
+        "pipeline": type(family.pipeline()).__name__,
+        "example_prompt": (prompts or pairs.prompts)[0],
+        "win_rate": None,
+        "win_rate_ci95": None,
+        "score_base": None,
+        "score_adapted": None,
+        "steps": trained.steps,
+        "pairs": len(pairs),
+        "data": {"rows": kept.rows, "kept": kept.kept, "dropped": dict(kept.dropped), "summary": kept.summary()},
+        "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
+        "verification": asdict(verified),
+        "implicit": implicit.to_json() if implicit is not None else None,
+    }
+    if prompts:
+        result |= _evaluate(recipe, run_dir, family, prompts, progress)
+    earlier = run_dirs.train_seconds(run_dir, trained.resumed_from)
+    result |= {
+        "seconds": round(time.monotonic() - began + earlier, 2),
+        "train_seconds": round(run_dirs.train_seconds(run_dir, trained.steps), 2),
+        "peak_memory_gib": round(peak_memory_gib(device), 3),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"lora-dpo": __version__, "torch": torch.__version__},
+    }
+    figures.curves(run_dir / METRICS, run_dir / CURVES, title=recipe.name)
+    _write_card(recipe, run_dir, result, repo=None)
+    run_dirs.finish(run_dir, result)
+    return result
+
+
+def _evaluate(recipe: Recipe, run_dir: Path, family: Family, prompts: list[str], progress: Progress) -> dict[str, Any]:
+    chosen = recipe.evaluate
+    drawn = samples.draw(
+        family.pipeline(),
+        prompts,
+        run_dir / SAMPLES,
+        seeds_per_prompt=chosen.seeds_per_prompt,
+        seed=chosen.seed,
+        steps=chosen.steps,
+        guidance=chosen.guidance,
+        resolution=recipe.data.resolution,
+        batch=chosen.batch,
+        progress=progress,
+    )
+    figures.before_after(drawn.base, drawn.adapted, drawn.prompts, run_dir / GRID, title=recipe.name)
+    scorer = _scorer(recipe)
+    return {"samples": len(drawn.prompts)} | (samples.judge(drawn, scorer, seed=chosen.seed) if scorer else {})
+
+
+def _write_card(recipe: Recipe, run_dir: Path, result: dict[str, Any], repo: str | None) -> None:
+    """From the result alone, so that a finished run can be pushed later."""
+    data, method = result["data"], recipe.method.model_dump(mode="json")
+    settings = recipe.adapter.model_dump() | recipe.train.model_dump(exclude={"device", "save_every_steps"})
+    card = report.model_card(
+        result,
+        base_model=recipe.base.model,
+        data_source=recipe.data.path,
+        data_report=SourceReport(data["rows"], data["kept"], Counter(data["dropped"])),
+        method=method,
+        settings={name: value for name, value in settings.items() if name != "keep_checkpoints"},
+        sum_form_beta=sum_form_beta(method["beta"], result["latent_shape"]) if "beta" in method else None,
+        resolution=recipe.data.resolution,
+        sampling={"steps": recipe.evaluate.steps, "guidance": recipe.evaluate.guidance},
+        repo=repo,
+        grid=GRID if recipe.evaluate.prompts else None,
+        curves=CURVES,
+    )
+    with atomic.clear_os_errors(run_dir):
+        atomic.replace(run_dir / CARD, card.encode())
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    family: Family,
+    adapters: Adapters,
+    pairs: cache.CachedPairs,
+    device: torch.device,
+    progress: Progress,
+) -> TrainResult:
+    chosen = recipe.train
+
+    def learning_rate(step: int) -> float:
+        return optimizers.learning_rate_at(
+            step,
+            schedule=chosen.schedule,
+            learning_rate=chosen.learning_rate,
+            steps=chosen.steps,
+            warmup_steps=chosen.warmup_steps,
+        )
+
+    return train(
+        method=_method(recipe, pairs, family, adapters),
+        adapters=adapters,
+        optimizer=optimizers.build(
+            chosen.optimizer,
+            adapters.parameters(),
+            learning_rate=chosen.learning_rate,
+            weight_decay=chosen.weight_decay,
+        ),
+        learning_rate=learning_rate,
+        steps=chosen.steps,
+        run_dir=run_dir,
+        identity=_identity(recipe, pairs, family),
+        reporter=progress,
+        device=device,
+        micro_batch_pairs=chosen.micro_batch_pairs,
+        max_grad_norm=chosen.max_grad_norm,
+        save_every_steps=chosen.save_every_steps,
+        keep_checkpoints=chosen.keep_checkpoints,
+        precision=chosen.precision,
+    )
+
+
+def _identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it share: the recipe where it matters, and the bytes behind."""
+    values = recipe.model_dump(mode="json", include={"adapter", "method", "train"})
+    for key in recipes.FREE_KEYS:
+        section, _, name = key.partition(".")
+        values.get(section, {}).pop(name, None)
+    return values | {
+        "caption_dropout": recipe.data.caption_dropout,
+        "pairs": pairs.fingerprint,
+        "denoiser": family.fingerprint()["unet"],
+        "dtype": recipe.base.dtype,
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        kind = name.partition(":")[0]
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+        if not available[kind]():
+            raise UserError(f"there is no {kind} device here", where="train.device", hint='give "auto" or "cpu"')
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _family(recipe: Recipe, device: torch.device) -> Family:
+    base, folder = recipe.base, _base(recipe)
+    match base.family:
+        case "sdxl":
+            from lora_dpo.families.sdxl import SDXL
+
+            return SDXL(folder, revision=base.revision, vae=base.vae, dtype=base.dtype, device=device)
+        case "stable_diffusion":
+            from lora_dpo.families.stable_diffusion import StableDiffusion
+
+            return StableDiffusion(folder, revision=base.revision, vae=base.vae, dtype=base.dtype, device=device)
+
+
+def _base(recipe: Recipe) -> Path | str:
+    return tinyworld.base_path() if recipe.base.model == recipes.TINYWORLD else recipe.base.model
+
+
+def _source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:
+    data = recipe.data
+    path = tinyworld.preferences_path() if data.path == recipes.TINYWORLD else Path(data.path)
+    match data.kind:
+        case "pickapic":
+            from lora_dpo.data.pickapic import PickAPicParquet
+
+            return PickAPicParquet(
+                path,
+                columns=data.columns,
+                split=split,
+                heldout_split=data.heldout_split,
+                heldout_fraction=data.heldout_fraction,
+                seed=recipe.train.seed,
+                limit=limit or data.limit,
+            )
+        case "folder":
+            from lora_dpo.data.folder import JsonlFolder
+
+            return JsonlFolder(
+                path,
+                split=split,
+                heldout_split=data.heldout_split,
+                heldout_fraction=data.heldout_fraction,
+                seed=recipe.train.seed,
+                limit=limit or data.limit,
+            )
+
+
+def _method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:
+    stream = PairStream(
+        pairs,
+        family,
+        seed=recipe.train.seed,
+        batch_pairs=recipe.train.batch_pairs,
+        visits_per_pair=recipe.method.visits_per_pair or 0,
+        caption_dropout=recipe.data.caption_dropout,
+        timestep_range=recipe.method.timestep_range,
+    )
+    match recipe.method:
+        case recipes.Dpo(beta=beta):
+            from lora_dpo.methods.dpo import DPO
+
+            return DPO(stream, family, adapters, beta=beta)
+        case recipes.Sft():
+            from lora_dpo.methods.sft import SFT
+
+            return SFT(stream, family, adapters)
+
+
+def _scorer(recipe: Recipe) -> Scorer | None:
+    match recipe.evaluate.scorer:
+        case "tinyworld":
+            from lora_dpo.scorers.tinyworld import TinyWorldScorer
+
+            return TinyWorldScorer()
+        case "none":
+            return None
+
+
+def _cache_dir(recipe: Recipe) -> Path:
+    if recipe.output.cache_dir is not None:
+        return Path(recipe.output.cache_dir)
+    if chosen := os.environ.get("LORA_DPO_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
+
+
+def _held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> cache.CachedPairs | None:
+    if not recipe.evaluate.implicit_pairs:
+        return None
+    source = _source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
+    try:
+        return cache.fill(source, family, directory, recipe.data.resolution, _count(progress))
+    except UserError as error:
+        hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
+        raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
+
+
+def _prompts(recipe: Recipe) -> list[str]:
+    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
+    wanted = recipe.evaluate.prompts
+    if not wanted:
+        return []
+    if recipe.evaluate.prompts_file is not None:
+        path = Path(recipe.evaluate.prompts_file)
+        try:
+            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't be read ({error})", where=path) from error
+        prompts = iter(dict.fromkeys(line for line in lines if line))
+    else:
+        prompts = _distinct(pair.prompt for pair in _source(recipe, recipe.data.heldout_split))
+    chosen = list(islice(prompts, wanted))
+    if not chosen:
+        raise UserError("no prompts to evaluate on", where="evaluate.prompts", hint="0 leaves the evaluation out")
+    return chosen
+
+
+def _distinct(prompts: Iterator[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt not in seen:
+            seen.add(prompt)
+            yield prompt
+
+
+def _metadata(recipe: Recipe, family: Family) -> dict[str, str]:
+    return {
+        "lora_dpo_version": __version__,
+        "base_model": recipe.base.model,
+        "base_unet": family.fingerprint()["unet"],
+        "method": json.dumps(recipe.method.model_dump(mode="json")),
+        "rank": str(recipe.adapter.rank),
+        "alpha": str(recipe.adapter.alpha),
+        "recipe": recipes.dump(recipe),
+    }
+
+
+def _count(progress: Progress) -> Callable[[int, int | None, str], None]:
+    """A (done, total, what) callback as jobs of `progress`."""
+    what, seen = None, 0
+
+    def show(done: int, total: int | None, now: str) -> None:
+        nonlocal what, seen
+        if now != what:
+            progress.stop()
+            progress.start(total, now)
+            what, seen = now, 0
+        progress.advance(done - seen)
+        seen = done
+        if done == total:
+            progress.stop()
+
+    return show

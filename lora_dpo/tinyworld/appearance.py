@@ -16,7 +16,7 @@ TURNS = np.linspace(-0.36, 0.36, 7)  # radians; the renderer turns by 0.12 at mo
 STRETCHES = (0.84, 0.92, 1.0, 1.09, 1.19)  # width over height; the renderer doesn't stretch
 RECOGNISED = 0.74  # overlap with the best template below which an object is no shape at all
 OWN_COLOUR = 0.60  # the share of an object's colour that one name must have
-ROUGH, ROUGH_EDGES = 0.11, 0.045  # log-brightness: deviation and squared diagonal steps of the faintest texture
+ROUGH, ROUGH_EDGES = 0.10, 0.030  # log-brightness: deviation and squared diagonal steps of the faintest texture
 ONE_WAY = 0.5  # coherence above which a texture runs in one direction
 GREY = 0.13  # chroma (largest minus smallest of RGB) below which a pixel has no colour
 
@@ -25,7 +25,11 @@ GREY = 0.13  # chroma (largest minus smallest of RGB) below which a pixel has no
 def areas() -> dict[str, float]:
     """The area of each shape in squared radii (shoelace formula)."""
     points = {shape: outline(shape) for shape in SHAPES}
-    return {s: float(abs(np.sum(p[:, 0] * np.roll(p[:, 1], -1) - np.roll(p[:, 0], -1) * p[:, 1])) / 2) for s, p in points.items()}  # fmt: skip
+    following = {shape: np.roll(p, -1, 0) for shape, p in points.items()}
+    return {
+        s: float(abs((p[:, 0] * following[s][:, 1] - following[s][:, 0] * p[:, 1]).sum()) / 2)
+        for s, p in points.items()
+    }
 
 
 def centres(cover: Float[np.ndarray, "n h w"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,14 +46,14 @@ def normalised(cover: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n cells"
     size = cover.shape[-1]
     u = np.clip(x[:, None] + grid * np.sqrt(area)[:, None] - 0.5, -1, size)  # one empty pixel around the picture
     v = np.clip(y[:, None] + grid * np.sqrt(area)[:, None] - 0.5, -1, size)
-    padded = np.pad(cover, ((0, 0), (1, 2), (1, 2)))
+    padded = np.pad(np.asarray(cover, np.float32), ((0, 0), (1, 2), (1, 2)))
     j, i = np.floor(u).astype(int) + 1, np.floor(v).astype(int) + 1
     fu, fv = (u + 1 - j)[:, None, :], (v + 1 - i)[:, :, None]
     n = np.arange(len(cover))[:, None, None]
     i, j = i[:, :, None], j[:, None, :]
     top = padded[n, i, j] * (1 - fu) + padded[n, i, j + 1] * fu
     bottom = padded[n, i + 1, j] * (1 - fu) + padded[n, i + 1, j + 1] * fu
-    return (top * (1 - fv) + bottom * fv).reshape(len(cover), -1)
+    return (top * (1 - fv) + bottom * fv).reshape(len(cover), CELLS * CELLS)
 
 
 @functools.cache
@@ -72,7 +76,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def shapes(cover: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n shapes"]:
-    """Overlap (intersection over union of soft masks, 0 … 1) with the best template of every shape, in SHAPES' order."""
+    """Overlap (intersection over union of soft masks, 0 … 1) with each shape's best template, in SHAPES' order."""
     templates, names = _templates()
     found = normalised(cover)
     both = found @ templates.T
@@ -127,7 +131,7 @@ def texture(image: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) ->
 
 
 def inside(masks: Bool[np.ndarray, "n h w"], least: int = 40) -> Bool[np.ndarray, "n h w"]:
-    """Masks without their edge and outline: three pixels less all around, fewer where less than `least` would remain."""
+    """Masks without edge and outline: three pixels less all around, fewer where less than `least` would remain."""
     one = erode(masks)
     two = erode(one)
     three = erode(two)

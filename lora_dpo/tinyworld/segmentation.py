@@ -74,12 +74,20 @@ def separate(images: Float[np.ndarray, "b 64 64 3"]) -> Objects:
 def coverage(
     masks: Bool[np.ndarray, "n h w"], owner: Int[np.ndarray, " n"], contrast: Float[np.ndarray, "b h w"]
 ) -> Float[np.ndarray, "n h w"]:
-    """How much of each pixel an object covers: the contrast relative to the strongest nearby, at the object's edge."""
+    """How much of each pixel an object covers: at its edge, the contrast relative to the strongest nearby."""
     relative = np.minimum(contrast / np.maximum(ndimage.maximum_filter(contrast, (1, 5, 5)), STANDS_OUT), 1)
-    taken = np.zeros(contrast.shape, np.int16)
-    np.add.at(taken, owner, masks)
-    others = taken[owner] - masks > 0
-    return np.where(erode(masks), 1.0, np.where(dilate(masks) & ~others, relative[owner], 0.0))
+    own = dilate(masks) & ~(together(masks, owner, len(contrast))[owner] & ~masks)
+    return np.where(erode(masks), np.float32(1), relative[owner] * own)
+
+
+def together(
+    masks: Bool[np.ndarray, "n h w"], owner: Int[np.ndarray, " n"], count: int
+) -> Bool[np.ndarray, "count h w"]:
+    """The union of each picture's masks."""
+    union = np.zeros((count, *masks.shape[1:]), bool)
+    for k, mask in zip(owner, masks, strict=True):
+        union[k] |= mask
+    return union
 
 
 def erode(masks: Bool[np.ndarray, "n h w"]) -> Bool[np.ndarray, "n h w"]:

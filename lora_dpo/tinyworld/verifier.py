@@ -1,4 +1,4 @@
-"""Judges pictures of the tiny world from their pixels alone: does a picture show what its caption says, and how does it look?
+"""Judges pictures of the tiny world from their pixels alone: is what the caption says true, and how do they look?
 
 Nothing is learned: objects are segmented (`segmentation`, `touching`), read one by one (`appearance`), matched with the
 items of the caption, and measured for what no caption names (`look`).
@@ -25,13 +25,14 @@ CATEGORIES = ("shape", "colour", "texture", "size", "count", "relation", "backgr
 LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2  # pixels; the middle of the gap between small and large radii
 RADII = {"single": (9.0, 22.0), "pair": (7.9, 12.9), "relation": (7.9, 12.9), "count": (7.0, 11.5)}  # mean, as rendered
 APART, SLANT = 6.0, 0.8  # a relation holds from this many pixels on, and from this share of the other direction
+UNDER_RIM = 0.3  # pixels by which an outlined object measures too small: its rim darkens less than evenly at the edge
 LIKE = 0.11  # distance of brightness-free RGB up to which a background has its nearest name
 CHUNK = 64  # pictures at a time: what a processor's cache holds
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An object found in a picture: what it looks like (None = nothing a caption could name), where, how large (pixels).
+    """An object found in a picture: what it looks like (None = no name fits), where it is and how large, in pixels.
 
     `overlap` is how well it fits its best shape's template (intersection over union).
     """
@@ -127,18 +128,19 @@ def _measure(images: np.ndarray, said: Sequence[Facts]) -> list[Measurement]:
     fits = shapes(objects.cover)
     shares = colours(images, objects.owner, core)
     x, y, area = centres(objects.cover)
+    best, known = fits.argmax(1), fits.max(1) >= RECOGNISED
+    unit = np.where(known, np.array([areas()[shape] for shape in SHAPES])[best], 2.5)  # 2.5: between star and circle
+    radius = np.sqrt(area / unit)
+    looks = look(images, objects, x, y, radius)
+    radius += UNDER_RIM * looks.outline[objects.owner]
     seen: list[list[Seen]] = [[] for _ in images]
     where: list[list[int]] = [[] for _ in images]
-    radius = np.zeros(len(x))
     for k, owner in enumerate(objects.owner):
-        best, name = int(fits[k].argmax()), int(shares[k].argmax())
-        known = fits[k, best] >= RECOGNISED
-        radius[k] = np.sqrt(area[k] / (areas()[SHAPES[best]] if known else 2.5))  # 2.5: between star and circle
+        name = int(shares[k].argmax())
         colour = list(COLOURS)[name] if shares[k, name] >= OWN_COLOUR else None
-        shape = SHAPES[best] if known else None
-        seen[owner].append(Seen(shape, colour, float(x[k]), float(y[k]), float(radius[k]), float(fits[k, best])))
+        shape = SHAPES[best[k]] if known[k] else None
+        seen[owner].append(Seen(shape, colour, float(x[k]), float(y[k]), float(radius[k]), float(fits[k].max())))
         where[owner].append(k)
-    looks = look(images, objects, x, y, radius)
     found = []
     for i, facts in enumerate(said):
         chosen = _match(facts, seen[i])
@@ -220,8 +222,8 @@ def _agreement(item: Item, thing: Seen | None) -> tuple[int, int]:
     return (0, 0) if thing is None else (int(thing.shape == item.shape), int(thing.colour == item.colour))
 
 
-def _background(rgb: Float[np.ndarray, 3]) -> str | None:
-    """The name of a background's colour: the nearest whatever its brightness, None for dark or strongly coloured ones."""
+def _background(rgb: Float[np.ndarray, " rgb"]) -> str | None:
+    """The name of a background's colour: the nearest whatever its brightness; None if dark or strongly coloured."""
     if rgb.max() < 0.75:
         return None
     tint = rgb / rgb.max()

@@ -6,9 +6,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -358,29 +357,11 @@ def _held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: P
 def _prompts(recipe: Recipe) -> list[str]:
     """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
     wanted = recipe.evaluate.prompts
-    if not wanted:
-        return []
     if recipe.evaluate.prompts_file is not None:
-        path = Path(recipe.evaluate.prompts_file)
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't be read ({error})", where=path) from error
-        prompts = iter(dict.fromkeys(line for line in lines if line))
+        prompts = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
     else:
-        prompts = _distinct(pair.prompt for pair in _source(recipe, recipe.data.heldout_split))
-    chosen = list(islice(prompts, wanted))
-    if not chosen:
-        raise UserError("no prompts to evaluate on", where="evaluate.prompts", hint="0 leaves the evaluation out")
-    return chosen
-
-
-def _distinct(prompts: Iterator[str]) -> Iterator[str]:
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt not in seen:
-            seen.add(prompt)
-            yield prompt
+        prompts = (pair.prompt for pair in _source(recipe, recipe.data.heldout_split))
+    return samples.first_distinct(prompts, wanted)
 
 
 def _metadata(recipe: Recipe, family: Family) -> dict[str, str]:

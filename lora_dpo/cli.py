@@ -20,6 +20,7 @@ import typer
 
 from lora_dpo import __version__
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.tinyworld.commands import group as tinyworld
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes, name="recipes")
+app.add_typer(tinyworld, name="tinyworld")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe's name.")]
 Overrides = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from lora_dpo import build, cli, hub, recipe
 from lora_dpo import train as training
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.evaluation import samples
 from lora_dpo.sampling import sample
+from lora_dpo.scorers import Scorer
 from lora_dpo.summary import summary
 from tests.support.models import save_random_pairs, save_random_sd, save_random_sdxl
 
@@ -114,6 +117,35 @@ def test_the_saved_samples_are_what_the_adapter_makes(finished: build.Outcome) -
     assert Image.open(samples / "0000-base.png").text["seed"] == "0"
 
 
+class Brightness(Scorer):
+    """Stands in for a scorer of real pictures."""
+
+    name = "brightness"
+
+    def __call__(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+    def details(self, images, prompts):
+        return {"red": images[:, 0].mean(dim=(1, 2)), "never": torch.full((len(images),), torch.nan)}
+
+
+def test_scores_become_a_win_rate_a_summary_and_a_card(finished: build.Outcome, world, tmp_path, monkeypatch) -> None:
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    monkeypatch.setattr(build, "_scorer", lambda _: Brightness())
+    outcome = build.run(recipe.load(str(world / "small.toml"), ["evaluate.guidance=2"]), run, quiet=True)
+    result = outcome.result
+    low, high = result["win_rate_ci95"]
+    assert 0 <= low <= result["win_rate"] <= high <= 1
+    pictures = [np.asarray(Image.open(p)).mean() / 255 for p in sorted((run / "samples").glob("*-adapted.png"))]
+    assert result["score_adapted"] == pytest.approx(np.mean(pictures), abs=2e-3)
+    assert list(result["categories"]) == ["red"]
+    text = summary(result, run)
+    assert f"{result['win_rate']:.3f} [" in text
+    assert f"pipe.load_lora_weights('{run}/adapter')" in text
+    card = (run / "README.md").read_text("utf-8")
+    assert f"{result['score_adapted']:.3f}" in card
+
+
 def test_again_it_says_that_it_is_finished(finished: build.Outcome, world: Path, monkeypatch) -> None:
     monkeypatch.setattr(build, "_execute", lambda *_: pytest.fail("it was executed again"))
     again = build.run(recipe.load(str(world / "small.toml")), finished.run_dir, quiet=True)
@@ -159,8 +191,6 @@ def test_another_recipe_is_refused_and_the_run_is_left_alone(finished: build.Out
 
 
 def test_other_evaluation_keys_evaluate_anew_without_training(finished: build.Outcome, world: Path, tmp_path) -> None:
-    import shutil
-
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
     metrics = (run / "metrics.jsonl").read_bytes()
     settings = recipe.load(str(world / "small.toml"), ["evaluate.prompts=0", "evaluate.implicit_pairs=0"])
@@ -228,3 +258,14 @@ def test_interrupted_training_exits_with_130(world: Path, tmp_path: Path, monkey
         cli.main(["train", str(world / "small.toml"), "--run-dir", str(tmp_path / "run"), "--quiet"])
     assert caught.value.code == 130
     assert "step 2 of 4 is saved" in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffone\n\n two \none\n", "utf-8")
+    assert samples.read_prompts(path) == ["one", "two", "one"]
+    assert samples.first_distinct(samples.read_prompts(path), 5) == ["one", "two"]
+    for content in (b"\n \n", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(UserError):
+            samples.read_prompts(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_dpo import atomic
+from lora_dpo.errors import UserError
 from lora_dpo.evaluation.win_rate import compare, compare_details
 from lora_dpo.progress import Progress
 from lora_dpo.sampling import base_and_adapted, save_pngs
@@ -26,6 +27,33 @@ class Samples:
     seeds: list[int]
     base: Float[Tensor, "n 3 H W"]
     adapted: Float[Tensor, "n 3 H W"]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line, blank lines left out.
+
+    Raises:
+        UserError: unreadable, not UTF-8, or without a prompt.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't be read ({error})", where=path, hint="give a text file, one prompt a line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("there is no prompt in it", where=path, hint="give one prompt a line")
+    return prompts
+
+
+def first_distinct(prompts: Iterable[str], wanted: int) -> list[str]:
+    """The first `wanted` different prompts; no more of them than that are looked at."""
+    seen: dict[str, None] = {}
+    if wanted > 0:
+        for prompt in prompts:
+            seen[prompt] = None
+            if len(seen) == wanted:
+                break
+    return list(seen)
 
 
 def draw(

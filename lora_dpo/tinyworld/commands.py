@@ -43,9 +43,9 @@ def preferences(
 def score(
     base: Base = None,
     lora: Annotated[Path | None, typer.Option(help="An adapter's .safetensors file, or its folder.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, max=200, help="How many held-out prompts.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
-    steps: Annotated[int, typer.Option(min=1)] = 12,
+    steps: Annotated[int, typer.Option(min=1)] = 10,
     guidance: Annotated[float, typer.Option(min=1.0)] = 5.0,
     as_json: Json = False,
 ) -> None:

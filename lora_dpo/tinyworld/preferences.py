@@ -23,7 +23,7 @@ from ..randomness import numpy_generator
 from . import scenes, taste
 from .verifier import measure
 
-STEPS, GUIDANCE = 12, 5.0
+STEPS, GUIDANCE = 10, 5.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Plan:
     """Sizes of the set; the defaults made the shipped file."""
 
     seed: int = 7
-    train_prompts: int = 1_400
-    heldout_prompts: int = 256
+    train_prompts: int = 1_150
+    heldout_prompts: int = 200
     pictures_per_prompt: int = 4
 
 

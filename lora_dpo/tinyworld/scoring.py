@@ -14,7 +14,7 @@ def score_base(
     base: Path,
     lora: Path | None = None,
     *,
-    prompts: int = 256,
+    prompts: int = 200,
     seeds: int = 1,
     steps: int = preferences.STEPS,
     guidance: float = preferences.GUIDANCE,

@@ -110,8 +110,8 @@ def _results(result: Mapping[str, Any], sampling: Mapping[str, Any]) -> Iterator
     if comparison:
         how = ", ".join(f"{key} {value}" for key, value in sampling.items())
         yield (
-            f"{comparison['n']} images per side for {comparison['prompts']} prompts that were not trained on, from the "
-            f"same seeds with and without the adapter{f' ({how})' if how else ''}, scored by `{result['scorer']}`. "
+            f"{comparison['n']} images per side for {comparison['prompts']} evaluation prompts, from the same seeds "
+            f"with and without the adapter{f' ({how})' if how else ''}, scored by `{result['scorer']}`. "
             "Ties count half; intervals are 95 %, over prompts; p is an exact sign test"
             + (", for the parts corrected after Holm." if result.get("categories") else ".")
         )

@@ -14,10 +14,12 @@ from .segmentation import erode
 CELLS = 32  # resolution of the normalised masks
 TURNS = np.linspace(-0.36, 0.36, 7)  # radians; the renderer turns by 0.12 at most
 STRETCHES = (0.84, 0.92, 1.0, 1.09, 1.19)  # width over height; the renderer doesn't stretch
-RECOGNISED = 0.74  # overlap with the best template below which an object is no shape at all
+RECOGNISED = 0.74  # overlap with the best template from which on an object has that shape
+ROUGHLY, LEAD = 0.66, 0.08  # or from this overlap on, if it leads the second best by this much
 OWN_COLOUR = 0.60  # the share of an object's colour that one name must have
 ROUGH, ROUGH_EDGES = 0.10, 0.030  # log-brightness: deviation and squared diagonal steps of the faintest texture
 ONE_WAY = 0.5  # coherence above which a texture runs in one direction
+BETWEEN = 8  # degrees around the middle between two colour names where either will do
 GREY = 0.13  # chroma (largest minus smallest of RGB) below which a pixel has no colour
 
 
@@ -84,6 +86,13 @@ def shapes(cover: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n shapes"]:
     return np.stack([overlap[:, names == k].max(1) for k in range(len(SHAPES))], 1)
 
 
+def names(fits: Float[np.ndarray, "n shapes"]) -> list[str | None]:
+    """The name of each object's shape, from its overlaps; None where it is like no shape, or like several."""
+    order = np.sort(fits, 1)
+    known = (order[:, -1] >= RECOGNISED) | ((order[:, -1] >= ROUGHLY) & (order[:, -1] - order[:, -2] >= LEAD))
+    return [SHAPES[k] if sure else None for k, sure in zip(fits.argmax(1), known, strict=True)]
+
+
 def hues(pixels: Float[np.ndarray, "*any 3"]) -> tuple[np.ndarray, np.ndarray]:
     """Hue in degrees (at most 1.2 from the hexagonal hue of HSV) and chroma (largest minus smallest of RGB)."""
     r, g, b = pixels[..., 0], pixels[..., 1], pixels[..., 2]
@@ -93,17 +102,26 @@ def hues(pixels: Float[np.ndarray, "*any 3"]) -> tuple[np.ndarray, np.ndarray]:
 
 def colours(
     images: Float[np.ndarray, "b h w 3"], owner: Int[np.ndarray, " n"], inner: Bool[np.ndarray, "n h w"]
-) -> Float[np.ndarray, "n colours"]:
-    """Each colour name's share of an object's inner pixels, weighted by chroma; the rest is grey."""
+) -> list[str | None]:
+    """The name of each object's colour: the nearest one to most of its inner pixels, weighted by chroma.
+
+    None where that name suits less than `OWN_COLOUR` of the object (grey pixels suit none). A pixel suits a name up to
+    `BETWEEN` degrees beyond the middle to the next name: people argue there whether it is, say, red or orange, and an
+    object whose hue lies on a border has one colour, not two.
+    """
     n, y, x = np.nonzero(inner)
     hue, chroma = hues(images[owner[n], y, x])
-    anchors = np.array(list(COLOURS.values()))
-    name = np.abs((hue[:, None] - anchors + 180) % 360 - 180).argmin(1)
-    weight = np.maximum(chroma, 0.02)
-    votes = np.zeros((len(owner), len(COLOURS)))
-    np.add.at(votes, (n, name), np.where(chroma > GREY, weight, 0))
-    total = np.bincount(n, weight, minlength=len(owner))
-    return votes / np.maximum(total, 1e-9)[:, None]
+    away = np.abs((hue[:, None] - np.array(list(COLOURS.values())) + 180) % 360 - 180)
+    coloured = np.where(chroma > GREY, chroma, 0)
+    nearest, suits = np.zeros((2, len(owner), len(COLOURS)))
+    np.add.at(nearest, (n, away.argmin(1)), coloured)
+    near = coloured[:, None] * (away - away.min(1)[:, None] < 2 * BETWEEN)
+    for k in range(len(COLOURS)):
+        suits[:, k] = np.bincount(n, near[:, k], minlength=len(owner))
+    total = np.maximum(np.bincount(n, np.maximum(chroma, 0.02), minlength=len(owner)), 1e-9)
+    names, best = list(COLOURS), nearest.argmax(1)
+    share = suits[np.arange(len(owner)), best] / total
+    return [names[k] if part >= OWN_COLOUR else None for k, part in zip(best, share, strict=True)]
 
 
 def texture(image: Float[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> str | None:

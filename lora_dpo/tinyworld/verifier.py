@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..errors import UserError
-from .appearance import OWN_COLOUR, RECOGNISED, areas, centres, colours, inside, shapes, texture
+from .appearance import areas, centres, colours, inside, names, shapes, texture
 from .look import Look, look
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, SIZES, Facts, Item, read
+from .scenes import BACKGROUNDS, SIZE, SIZES, Facts, Item, read
 from .segmentation import separate
 from .touching import part
 
@@ -86,7 +86,9 @@ class Measurement:
         return sum(said) / len(said)
 
 
-def measure(images: np.ndarray | Float[Tensor, "b 3 64 64"], captions: Sequence[str]) -> list[Measurement]:
+def measure(
+    images: np.ndarray | Float[Tensor, "b 3 64 64"] | UInt8[Tensor, "b 3 64 64"], captions: Sequence[str]
+) -> list[Measurement]:
     """Measures pictures against their captions.
 
     Args:
@@ -111,8 +113,11 @@ def measure(images: np.ndarray | Float[Tensor, "b 3 64 64"], captions: Sequence[
 
 
 def _pixels(images: np.ndarray | Tensor) -> Float[np.ndarray, "b 64 64 3"]:
-    array = images.detach().float().cpu().numpy() if isinstance(images, Tensor) and images.is_floating_point() else None
-    array = np.asarray(images) if array is None else array
+    if isinstance(images, Tensor):  # numpy has no bfloat16
+        images = images.detach().cpu()
+        array = images.float().numpy() if images.is_floating_point() else images.numpy()
+    else:
+        array = images
     if array.ndim == 4 and array.shape[1:] == (3, SIZE, SIZE):
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[1:] != (SIZE, SIZE, 3):
@@ -126,20 +131,17 @@ def _measure(images: np.ndarray, said: Sequence[Facts]) -> list[Measurement]:
     objects = part(images, separate(images))
     core = inside(objects.mask)
     fits = shapes(objects.cover)
-    shares = colours(images, objects.owner, core)
+    shape, colour = names(fits), colours(images, objects.owner, core)
     x, y, area = centres(objects.cover)
-    best, known = fits.argmax(1), fits.max(1) >= RECOGNISED
-    unit = np.where(known, np.array([areas()[shape] for shape in SHAPES])[best], 2.5)  # 2.5: between star and circle
+    unit = np.array([areas()[name] if name else 2.5 for name in shape])  # 2.5: between star and circle
     radius = np.sqrt(area / unit)
     looks = look(images, objects, x, y, radius)
     radius += UNDER_RIM * looks.outline[objects.owner]
     seen: list[list[Seen]] = [[] for _ in images]
     where: list[list[int]] = [[] for _ in images]
     for k, owner in enumerate(objects.owner):
-        name = int(shares[k].argmax())
-        colour = list(COLOURS)[name] if shares[k, name] >= OWN_COLOUR else None
-        shape = SHAPES[best[k]] if known[k] else None
-        seen[owner].append(Seen(shape, colour, float(x[k]), float(y[k]), float(radius[k]), float(fits[k].max())))
+        place = (float(x[k]), float(y[k]), float(radius[k]))
+        seen[owner].append(Seen(shape[k], colour[k], *place, overlap=float(fits[k].max())))
         where[owner].append(k)
     found = []
     for i, facts in enumerate(said):

@@ -121,6 +121,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         "base": str(_base(recipe)),
         "pipeline": type(family.pipeline()).__name__,
         "example_prompt": (prompts or pairs.prompts)[0],
+        "sampling": {**recipe.evaluate.model_dump(include={"steps", "guidance"}), "resolution": recipe.data.resolution},
         "win_rate": None,
         "win_rate_ci95": None,
         "score_base": None,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -38,6 +40,7 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Replace single keys, as TOML.")
 ]
+APP = "lora_dpo_app"
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 
 
@@ -173,6 +176,40 @@ def schema() -> None:
     from lora_dpo.recipe import json_schema
 
     _print_json(json_schema())
+
+
+@app.command("app")
+def open_app(
+    run: Annotated[
+        Path | None, typer.Option("--run", help="A finished run's folder. Default: all below runs/.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="The default is reachable from this machine only.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option("--port", help="Default: the first free one from 7860 on.")] = None,
+) -> None:
+    """Compare base and adapted pictures side by side, from the same seed, in the browser."""
+    if run is not None and not (run / "result.json").is_file():
+        raise UserError("this is no finished run: it has no result.json", where=run, hint="train it to its end")
+    try:
+        launch = _app_package().launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the app needs gradio", hint='pip install "lora-dpo[app]"') from error
+    launch(run, host, port)
+
+
+def _app_package() -> Any:
+    """The app's page: inside the package in a wheel, beside it in a checkout; never found by name on the path."""
+    package = Path(__file__).resolve().parent
+    folder = package / "_app" if (package / "_app").is_dir() else package.parent / "app"
+    spec = importlib.util.spec_from_file_location(
+        "app", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None:
+        raise LoraDpoError(f"{folder} is missing from this installation; install lora-dpo again")
+    sys.modules[APP] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[APP])
+    return importlib.import_module(f"{APP}.page")
 
 
 @recipes.command("ls")

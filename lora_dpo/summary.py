@@ -32,7 +32,7 @@ def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str 
         yield f"hub       {pushed}"
     yield ""
     kind = result["pipeline"]
-    yield f"load it   pipe = {kind}.from_pretrained({str(result['base'])!r}, torch_dtype=torch.float32)"
+    yield f"load it   pipe = {kind}.from_pretrained({result['base']!r})"
     yield f"          pipe.load_lora_weights({str(adapter.parent)!r})"
     yield f"          image = pipe({result['example_prompt']!r}).images[0]"
     yield ""

@@ -128,13 +128,9 @@ def test_every_failure_has_its_exit_code_and_a_readable_line(capsys, monkeypatch
 
 
 def test_an_operating_systems_refusal_is_found_under_another_error() -> None:
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError as cause:
-            raise RuntimeError("could not write") from cause
-    except RuntimeError as error:
-        assert "no space left" in cli.explain(error)[0]
+    error = RuntimeError("could not write")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert "no space left" in cli.explain(error)[0]
 
 
 def test_ctrl_c_exits_with_130() -> None:
@@ -154,6 +150,17 @@ def test_ctrl_c_exits_with_130() -> None:
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
+
+
+def test_the_app_wants_a_finished_run_and_gradio(capsys, tmp_path: Path, monkeypatch) -> None:
+    code, _, err = run(capsys, "app", "--run", str(tmp_path))
+    assert code == 2
+    assert "no finished run" in err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    (tmp_path / "result.json").write_text("{}")
+    code, _, err = run(capsys, "app", "--run", str(tmp_path))
+    assert code == 2
+    assert 'pip install "lora-dpo[app]"' in err
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +266,59 @@ def test_interrupted_training_exits_with_130(world: Path, tmp_path: Path, monkey
         cli.main(["train", str(world / "small.toml"), "--run-dir", str(tmp_path / "run"), "--quiet"])
     assert caught.value.code == 130
     assert "step 2 of 4 is saved" in capsys.readouterr().err
+
+
+def test_the_app_makes_the_runs_pictures_and_scales_the_adapter(finished: build.Outcome) -> None:
+    from app.runs import Studio, finished_runs
+
+    assert finished_runs(finished.run_dir.parent) == [str(finished.run_dir)]
+    studio, run = Studio(), str(finished.run_dir)
+    saved = finished.run_dir / "samples"
+    prompt = Image.open(saved / "0000-base.png").text["prompt"]
+    base, adapted = (np.asarray(p, int) for p in studio.pictures(run, prompt, 0, 2, 3.0, 1.0))
+    for picture, name in ((base, "0000-base.png"), (adapted, "0000-adapted.png")):
+        assert abs(picture - np.asarray(Image.open(saved / name), int)).max() <= 1
+    again, unchanged = (np.asarray(p, int) for p in studio.pictures(run, prompt, 0, 2, 3.0, 0.0))
+    assert (again == base).all()
+    assert (unchanged == base).all()
+    with pytest.raises(UserError, match="no finished run"):
+        studio.pictures(str(finished.run_dir / "samples"), prompt, 0, 2, 3.0, 1.0)
+
+
+def test_the_app_answers_over_http(finished: build.Outcome) -> None:
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_dpo", "app", "--run", str(finished.run_dir), "--port", str(port)],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            with contextlib.suppress(OSError), urllib.request.urlopen(url) as page:
+                assert b"lora-dpo" in page.read()
+                break
+            time.sleep(0.2)
+        body = json.dumps({"data": [str(finished.run_dir), "a red ring", 3, 2, 3.0, 1.0]}).encode()
+        request = urllib.request.Request(f"{url}/gradio_api/call/generate", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{url}/gradio_api/call/generate/{event}") as answer:
+            text = answer.read().decode()
+        base, adapted = json.loads(text.split("event: complete\ndata: ")[1].splitlines()[0])
+        pictures = []
+        for image in (base, adapted):
+            with urllib.request.urlopen(image["url"]) as answer:
+                pictures.append(np.asarray(Image.open(io.BytesIO(answer.read()))))
+        assert pictures[0].shape[:2] == (64, 64)
+        assert (pictures[0] != pictures[1]).any()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:

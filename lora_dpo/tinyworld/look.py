@@ -13,6 +13,7 @@ from .render import LIGHT
 from .segmentation import Objects, dilate, erode, together
 
 SLOPE, CAST = 0.56, 0.17  # of the renderer: brightness per radius along the light, and depth of the shadow
+LIT = 0.75  # of the brightest nearby; darker pixels belong to a stripe, a dot or an outline rather than to shading
 RIM = 0.72  # an outline is darker than this, relative to the inside
 MUTED, VIVID = 0.62, 0.96  # saturation of plain object pixels at vividness 0 and 1
 SHARP, SOFT = 0.70, 0.22  # the steepest step at an edge, relative to all of it: clean, and blurred by 2 pixels
@@ -69,7 +70,9 @@ def look(
     axis, scale = np.arange(mask.shape[-1]) + 0.5, np.maximum(radius, 1)[:, None]  # along: -1 in shade … 1 in light
     right, down = (axis - x[:, None]) / scale * LIGHT[0], (axis - y[:, None]) / scale * LIGHT[1]
     along = (down[:, :, None] + right[:, None, :]).astype(np.float32)
-    slope = _slope(along, bright, core)
+    top = images.max(-1)
+    lit = (top > LIT * ndimage.maximum_filter(top, (1, 5, 5)))[owner]
+    slope = _slope(along, bright, core & lit)
     rim = erode(mask)
     rim &= ~erode(rim)
     dark = 1 - _mean(peak, rim) / np.maximum(_mean(peak, core), 1e-3)

@@ -31,7 +31,7 @@ class Plan:
     """Sizes of the set; the defaults made the shipped file."""
 
     seed: int = 7
-    train_prompts: int = 1_150
+    train_prompts: int = 1_000
     heldout_prompts: int = 200
     pictures_per_prompt: int = 4
 

@@ -283,6 +283,9 @@ def train_denoiser(
     path = directory / "pipeline"
     pipe = model.pipeline(vae, unet.to(memory_format=torch.contiguous_format), encoders, words)
     pipe.to(torch.float16).save_pretrained(path, safe_serialization=True)
+    for file in path.rglob("*"):  # some of it is written for the owner's eyes only; it goes into a wheel
+        if file.is_file():
+            file.chmod(0o644)
     (directory / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")
     return path
 

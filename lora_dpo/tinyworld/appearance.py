@@ -81,7 +81,8 @@ def shapes(cover: Float[np.ndarray, "n h w"]) -> Float[np.ndarray, "n shapes"]:
     """Overlap (intersection over union of soft masks, 0 … 1) with each shape's best template, in SHAPES' order."""
     templates, names = _templates()
     found = normalised(cover)
-    both = found @ templates.T
+    # One by one: a product of matrices rounds differently with the number of objects in the batch.
+    both = np.stack([templates @ one for one in found]) if len(found) else np.zeros((0, len(templates)))
     overlap = both / (((found**2).sum(1)[:, None] + (templates**2).sum(1)) - both)
     return np.stack([overlap[:, names == k].max(1) for k in range(len(SHAPES))], 1)
 

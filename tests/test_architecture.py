@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,5 +154,5 @@ def test_the_order_is_the_documents() -> None:
     block = text.split("## Direction of imports")[1].split("```")[1].removeprefix("text").replace("\n", " ")
     ranks = [[layer_of(name.strip()) if name.strip() != "losses" else layer_of("methods.losses")
               for name in group.split(",")] for group in block.split("→")]  # fmt: skip
-    for higher, lower in zip(ranks, ranks[1:], strict=False):
+    for higher, lower in itertools.pairwise(ranks):
         assert min(higher) > max(lower) or set(higher) & set(lower), (higher, lower)

@@ -41,7 +41,7 @@ def test_every_recipe_key_is_documented_and_no_other(section: str) -> None:
     part = text.split(f"\n## [{section}]\n")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", part, re.M))
     fields = {name: field for model in SECTIONS[section] for name, field in model.model_fields.items()}
-    assert list(rows) and set(rows) == set(fields)
+    assert set(rows) == set(fields)
     for name, field in fields.items():
         if name == "kind" and section == "method":
             continue
@@ -63,7 +63,7 @@ def test_documented_commands_parse(document: Path, arguments: list[str], monkeyp
     command = get_command(cli.app)
     words = list(arguments)
     while getattr(command, "commands", None):
-        assert words and words[0] in command.commands, f"{document.name}: lora-dpo {' '.join(arguments)}"
+        assert words[:1] in [[name] for name in command.commands], f"{document.name}: lora-dpo {' '.join(arguments)}"
         command = command.commands[words.pop(0)]
     if ">" in words:
         words = words[: words.index(">")]

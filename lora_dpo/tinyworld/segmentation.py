@@ -16,8 +16,7 @@ SPECK = 12  # pixels; anything smaller isn't an object
 SPECK_SHARE = 0.04  # of the largest object's area; anything smaller isn't an object either
 HOLE = 40  # pixels; smaller holes are highlights or light dots, larger ones are background seen through a ring
 FAINT = 0.17  # an object whose pixels stand out less than this on average is a smear
-IN_PLANE = np.zeros((3, 3, 3), bool)
-IN_PLANE[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
+IN_PLANE = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])  # four neighbours, same picture
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def separate(images: Float[np.ndarray, "b 64 64 3"]) -> Objects:
     rest = images - light[..., None] * background[:, None, None]
     contrast = np.sqrt(np.einsum("byxc,byxc->byx", rest, rest)) + np.maximum(SHADOW - light, 0)
     mask = _fill(contrast > STANDS_OUT)
-    labels, total = ndimage.label(mask, IN_PLANE)
+    labels, total = components(mask)
     area = np.bincount(labels.ravel(), minlength=total + 1)
     strength = np.bincount(labels.ravel(), contrast.ravel(), minlength=total + 1) / np.maximum(area, 1)
     keep = [k for k in range(1, total + 1) if area[k] >= SPECK and strength[k] >= FAINT]
@@ -69,6 +68,13 @@ def separate(images: Float[np.ndarray, "b 64 64 3"]) -> Objects:
     owner, keep = owner[chosen], np.array(keep, int)[chosen]
     masks = labels[owner] == keep[:, None, None]
     return Objects(owner, masks, coverage(masks, owner, contrast), background, light, contrast)
+
+
+def components(mask: Bool[np.ndarray, "b h w"]) -> tuple[Int[np.ndarray, "b h w"], int]:
+    """Numbers the connected regions of all pictures from 1, 0 is outside; and how many regions there are."""
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, IN_PLANE, output=labels)
+    return labels, int(labels.max(initial=0))
 
 
 def coverage(
@@ -109,11 +115,11 @@ def dilate(masks: Bool[np.ndarray, "n h w"], outside: bool = False) -> Bool[np.n
 
 
 def _fill(mask: Bool[np.ndarray, "b h w"]) -> Bool[np.ndarray, "b h w"]:
-    labels, total = ndimage.label(~mask, IN_PLANE)
+    labels, total = components(~mask)
     size = np.bincount(labels.ravel(), minlength=total + 1)
     open_ = np.zeros(total + 1, bool)
     for side in (labels[:, 0], labels[:, SIZE - 1], labels[:, :, 0], labels[:, :, SIZE - 1]):
-        open_[side.ravel()] = True
+        open_[side] = True
     hole = ~open_ & (size < HOLE)
     hole[0] = False
     return mask | hole[labels]

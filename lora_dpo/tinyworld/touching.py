@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from .appearance import GREY, hues, shapes
 from .scenes import COLOURS
-from .segmentation import SPECK, Objects, coverage, erode
+from .segmentation import SPECK, Objects, components, coverage, erode
 
 DOUBTFUL = 0.80  # overlap with the best single shape below which a split is tried
 BETTER = 0.06  # by how much the parts must fit their shapes better than the whole fits one
@@ -39,7 +39,7 @@ def _best(image: np.ndarray, mask: np.ndarray, contrast: np.ndarray, whole: floa
     for seeds in (_by_colour(image, mask), *_by_erosion(mask)):
         if len(seeds) < 2:
             continue
-        far = np.stack([ndimage.distance_transform_edt(~seed) for seed in seeds])
+        far = np.stack([np.asarray(ndimage.distance_transform_edt(~seed)) for seed in seeds])
         parts = [mask & (far.argmin(0) == k) for k in range(len(seeds))]
         area = np.array([p.sum() for p in parts])
         fit = shapes(coverage(np.stack(parts), np.zeros(len(parts), int), contrast[None])).max(1)
@@ -54,9 +54,9 @@ def _by_colour(image: np.ndarray, mask: Bool[np.ndarray, "h w"]) -> list[np.ndar
     name = np.abs((hue[..., None] - np.array(list(COLOURS.values())) + 180) % 360 - 180).argmin(-1)
     seeds = []
     for k in range(len(COLOURS)):
-        seed, total = ndimage.label(erode((mask & (name == k) & (chroma > GREY))[None])[0])
+        seed, total = components(erode((mask & (name == k) & (chroma > GREY))[None]))
         size = np.bincount(seed.ravel(), minlength=total + 1)
-        seeds += [seed == j for j in range(1, total + 1) if size[j] >= SPECK]
+        seeds += [seed[0] == j for j in range(1, total + 1) if size[j] >= SPECK]
     return seeds
 
 
@@ -65,9 +65,9 @@ def _by_erosion(mask: Bool[np.ndarray, "h w"]) -> list[list[np.ndarray]]:
     core = mask[None]
     for _ in range(5):
         core = erode(core)
-        seed, total = ndimage.label(core[0])
+        seed, total = components(core)
         size = np.bincount(seed.ravel(), minlength=total + 1)
-        seeds = [seed == j for j in range(1, total + 1) if size[j] >= 4]
+        seeds = [seed[0] == j for j in range(1, total + 1) if size[j] >= 4]
         if len(seeds) > 1:
             found.append(seeds)
     return found

@@ -146,8 +146,8 @@ def _measure(images: np.ndarray, said: Sequence[Facts]) -> list[Measurement]:
     found = []
     for i, facts in enumerate(said):
         chosen = _match(facts, seen[i])
-        textured = facts.kind == "single" and facts.items[0].texture and chosen[0] is not None
-        shown = texture(images[i], core[where[i][chosen[0]]]) if textured else None
+        first = chosen[0] if facts.kind == "single" and facts.items[0].texture else None
+        shown = None if first is None else texture(images[i], core[where[i][first]])
         background = _background(objects.background[i])
         found.append(_measurement(facts, seen[i], chosen, shown, background, looks, i))
     return found
@@ -175,8 +175,7 @@ def _measurement(
         thing = pairs[0][1]
         verdict["size"] = thing is not None and ("large" if thing.radius > LARGE else "small") == first.size
     if facts.relation:
-        a, b = pairs[0][1], pairs[1][1]
-        verdict["relation"] = a is not None and b is not None and holds(facts.relation, a, b)
+        verdict["relation"] = _related(facts, [thing for _, thing in pairs])
     if facts.background:
         verdict["background"] = background == facts.background
     low, high = SIZES[first.size] if first.size else RADII[facts.kind]
@@ -200,6 +199,13 @@ def holds(relation: str, a: Seen, b: Seen) -> bool:
     return ahead >= APART and ahead >= SLANT * abs(across)
 
 
+def _related(facts: Facts, things: list[Seen | None]) -> bool:
+    match (facts.relation, *things):
+        case (str() as relation, Seen() as a, Seen() as b):
+            return holds(relation, a, b)
+    return False
+
+
 def _match(facts: Facts, seen: list[Seen]) -> list[int | None]:
     """Which object shows each item: the choice under which most is true; shape decides before colour, then area.
 
@@ -213,7 +219,7 @@ def _match(facts: Facts, seen: list[Seen]) -> list[int | None]:
     def worth(choice: tuple[int | None, ...]) -> tuple[int, int, float]:
         things = [None if k is None else seen[k] for k in choice]
         right = [_agreement(item, thing) for item, thing in zip(facts.items, things, strict=True)]
-        related = int(bool(facts.relation) and None not in things and holds(facts.relation, *things))
+        related = int(_related(facts, things))
         size = sum(thing.radius for thing in things if thing)
         return sum(s + c for s, c in right) * 2 + related, sum(s for s, _ in right), size
 

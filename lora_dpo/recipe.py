@@ -106,7 +106,7 @@ class Train(Section):
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
+    warmup_steps: Count = Field(default=0, description="linear; a run shorter than it ends in it")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: no clipping")
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2

@@ -66,12 +66,6 @@ def _micro_batch(view: _View) -> Found:
         yield ("train", "micro_batch_pairs"), f"got {micro}, expected a divisor of train.batch_pairs = {batch}"
 
 
-def _warmup(view: _View) -> Found:
-    warmup, steps = view["train.warmup_steps"], view["train.steps"]
-    if warmup >= steps:
-        yield ("train", "warmup_steps"), f"got {warmup}, expected fewer than train.steps = {steps}"
-
-
 def _timesteps(view: _View) -> Found:
     low, high = view["method.timestep_range"] or (0, 1)
     if low >= high:
@@ -126,6 +120,6 @@ def _tinyworld_family(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _warmup, _timesteps, _splits, _columns, _scorer,
+    _micro_batch, _timesteps, _splits, _columns, _scorer,
     _data_exists, _prompts_exist, _model_exists, _tinyworld_family,
 )  # fmt: skip

@@ -92,7 +92,6 @@ steps = 1
     ("argument", "key", "part"),
     [
         ("train.steps=0", "train.steps", "expected more than 0"),
-        ("train.warmup_steps=1000", "train.warmup_steps", "fewer than train.steps = 1000"),
         ("method.timestep_range=[500, 500]", "method.timestep_range", "low < high"),
         ("method.kind=kto", "method.kind", 'expected one of "dpo", "sft"'),
         ("method.kind=['a']", "method.kind", "expected one of"),

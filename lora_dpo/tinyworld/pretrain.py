@@ -282,7 +282,11 @@ def train_denoiser(
     )
     path = directory / "pipeline"
     pipe = model.pipeline(vae, unet.to(memory_format=torch.contiguous_format), encoders, words)
-    pipe.to(torch.float16).save_pretrained(path, safe_serialization=True)
+    pipe.to(torch.float16)
+    # Loaded without a dtype, the UNet and the VAE come in float32 but text encoders as they are stored.
+    for encoder in encoders:
+        encoder.float()
+    pipe.save_pretrained(path, safe_serialization=True)
     for file in path.rglob("*"):  # some of it is written for the owner's eyes only; it goes into a wheel
         if file.is_file():
             file.chmod(0o644)

@@ -9,8 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 import tests.support.typecheck  # noqa: F401 - the hook looks it up by name
 
 install_import_hook("lora_dpo", "tests.support.typecheck.checked")
+
+# A busy machine is not a failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")

@@ -1,5 +1,8 @@
 """The tiny world's model: the parts of a `StableDiffusionXLPipeline`, each small."""
 
+# diffusers and transformers annotate these arguments more narrowly than they take them.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import itertools

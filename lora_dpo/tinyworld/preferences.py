@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,7 @@ def make(base: Path, target: Path, plan: Plan | None = None, log: Callable[[str]
     return target
 
 
-def _load(base: Path) -> object:
+def _load(base: Path) -> Any:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
@@ -83,7 +84,7 @@ def _load(base: Path) -> object:
     return pipe
 
 
-def _pictures(pipe: object, captions: list[str], plan: Plan) -> np.ndarray:
+def _pictures(pipe: Any, captions: list[str], plan: Plan) -> np.ndarray:
     from ..sampling import sample
 
     n = plan.pictures_per_prompt

@@ -4,6 +4,10 @@ Each stage is deterministic given its seed (up to the rounding of the machine's 
 is skipped when the product is there; a stage that was interrupted goes on from its last checkpoint.
 """
 
+# diffusers annotates outputs as the tuples that they are with return_dict=False.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import copy

@@ -30,7 +30,7 @@ def score_base(
     pipe = StableDiffusionXLPipeline.from_pretrained(base, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
-        pipe.load_lora_weights(lora)
+        pipe.load_lora_weights(str(lora))
     many = [c for c in captions for _ in range(seeds)]
     numbers = [s for _ in captions for s in range(seeds)]
     side = scenes.SIZE
@@ -51,7 +51,8 @@ def summary(measured: list[Measurement], captions: list[str]) -> dict[str, float
     for name in ("strict", "mean", "style_shading", "size", "vividness", "crispness"):
         mean(name, [float(getattr(m, name)) for m in measured])
     for category in CATEGORIES:
-        mean(category + " (said)", [float(m.facts[category]) for m in measured if m.facts[category] is not None])
+        facts = [m.facts[category] for m in measured]
+        mean(category + " (said)", [float(fact) for fact in facts if fact is not None])
     for kind in scenes.KINDS:
         mean(f"strict, {kind}", [float(m.strict) for m, k in zip(measured, kinds, strict=True) if k == kind])
     for style in scenes.STYLES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports a hub client.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,10 @@ from jaxtyping import install_import_hook
 import tests.support.typecheck  # noqa: F401 - the hook looks it up by name
 
 install_import_hook("lora_dpo", "tests.support.typecheck.checked")
+
+# Started in the background of a script, a process ignores Ctrl-C, and so do those that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is not a failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -317,7 +317,10 @@ def test_the_app_answers_over_http(finished: build.Outcome) -> None:
         assert (pictures[0] != pictures[1]).any()
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        try:
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode in (0, 130)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,22 +11,19 @@ from typing import Any
 
 import torch
 
-from lora_dpo import __version__, atomic, cache, export, figures, hub, optimizers, report, tinyworld
+from lora_dpo import __version__, atomic, cache, export, figures, hub, optimizers, parts, report
 from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
-from lora_dpo.data import PreferenceSource, SourceReport
+from lora_dpo.data import SourceReport
 from lora_dpo.errors import UserError
 from lora_dpo.evaluation import samples
 from lora_dpo.evaluation.held_out import held_out
 from lora_dpo.families import Family
-from lora_dpo.methods import Method
 from lora_dpo.methods.losses import sum_form_beta
-from lora_dpo.methods.stream import PairStream
 from lora_dpo.progress import Progress, make_progress
 from lora_dpo.recipe import Recipe
 from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, METRICS, RECIPE, RESULT, SAMPLES
-from lora_dpo.scorers import Scorer
 from lora_dpo.train import TrainResult, peak_memory_gib, train
 
 PUSHED = [f"{ADAPTER}/{export.FILE}", CARD, GRID, CURVES, RECIPE, RESULT]
@@ -61,7 +56,7 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
     progress = make_progress(quiet=quiet)
     if push_to_hub is not None:
         hub.require_access(push_to_hub)
-    device = _device(recipe.train.device)
+    device = parts.device(recipe.train.device)
     held = run_dirs.claim(
         run_dir, recipes.dump(recipe), lambda file: recipes.differences(recipes.load(str(file)), recipe)
     )
@@ -80,9 +75,11 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
 
 def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
-    family = _family(recipe, device)
-    directory = _cache_dir(recipe)
-    pairs = cache.fill(_source(recipe, recipe.data.split), family, directory, recipe.data.resolution, _count(progress))
+    family = parts.family(recipe, device)
+    directory = parts.cache_dir(recipe)
+    pairs = cache.fill(
+        parts.source(recipe, recipe.data.split), family, directory, recipe.data.resolution, _count(progress)
+    )
     kept = pairs.report
     progress.message(kept.summary())
     kept_out = _held_out_pairs(recipe, family, directory, progress)
@@ -99,7 +96,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         seed=recipe.train.seed,
     )
     trained = _train(recipe, run_dir, family, adapters, pairs, device, progress)
-    file = export.save(adapters, run_dir / ADAPTER, _metadata(recipe, family))
+    file = export.save(adapters, run_dir / ADAPTER, parts.metadata(recipe, family))
     implicit = None
     if kept_out is not None:
         implicit = held_out(
@@ -118,7 +115,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
     result: dict[str, Any] = {
         "name": recipe.name,
         "adapter": file.relative_to(run_dir).as_posix(),
-        "base": str(_base(recipe)),
+        "base": str(parts.base(recipe)),
         "pipeline": type(family.pipeline()).__name__,
         "example_prompt": (prompts or pairs.prompts)[0],
         "sampling": {**recipe.evaluate.model_dump(include={"steps", "guidance"}), "resolution": recipe.data.resolution},
@@ -164,7 +161,7 @@ def _evaluate(recipe: Recipe, run_dir: Path, family: Family, prompts: list[str],
         progress=progress,
     )
     figures.before_after(drawn.base, drawn.adapted, drawn.prompts, run_dir / GRID, title=recipe.name)
-    scorer = _scorer(recipe)
+    scorer = parts.scorer(recipe)
     return {"samples": len(drawn.prompts)} | (samples.judge(drawn, scorer, seed=chosen.seed) if scorer else {})
 
 
@@ -211,7 +208,7 @@ def _train(
         )
 
     return train(
-        method=_method(recipe, pairs, family, adapters),
+        method=parts.method(recipe, pairs, family, adapters),
         adapters=adapters,
         optimizer=optimizers.build(
             chosen.optimizer,
@@ -222,7 +219,7 @@ def _train(
         learning_rate=learning_rate,
         steps=chosen.steps,
         run_dir=run_dir,
-        identity=_identity(recipe, pairs, family),
+        identity=parts.identity(recipe, pairs, family),
         reporter=progress,
         device=device,
         micro_batch_pairs=chosen.micro_batch_pairs,
@@ -233,121 +230,10 @@ def _train(
     )
 
 
-def _identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it share: the recipe where it matters, and the bytes behind."""
-    values = recipe.model_dump(mode="json", include={"adapter", "method", "train"})
-    for key in recipes.FREE_KEYS:
-        section, _, name = key.partition(".")
-        values.get(section, {}).pop(name, None)
-    return values | {
-        "caption_dropout": recipe.data.caption_dropout,
-        "pairs": pairs.fingerprint,
-        "denoiser": family.fingerprint()["unet"],
-        "dtype": recipe.base.dtype,
-    }
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        kind = name.partition(":")[0]
-        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-        if not available[kind]():
-            raise UserError(f"there is no {kind} device here", where="train.device", hint='give "auto" or "cpu"')
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _family(recipe: Recipe, device: torch.device) -> Family:
-    base, folder = recipe.base, _base(recipe)
-    match base.family:
-        case "sdxl":
-            from lora_dpo.families.sdxl import SDXL
-
-            return SDXL(folder, revision=base.revision, vae=base.vae, dtype=base.dtype, device=device)
-        case "stable_diffusion":
-            from lora_dpo.families.stable_diffusion import StableDiffusion
-
-            return StableDiffusion(folder, revision=base.revision, vae=base.vae, dtype=base.dtype, device=device)
-
-
-def _base(recipe: Recipe) -> Path | str:
-    return tinyworld.base_path() if recipe.base.model == recipes.TINYWORLD else recipe.base.model
-
-
-def _source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:
-    data = recipe.data
-    path = tinyworld.preferences_path() if data.path == recipes.TINYWORLD else Path(data.path)
-    match data.kind:
-        case "pickapic":
-            from lora_dpo.data.pickapic import PickAPicParquet
-
-            return PickAPicParquet(
-                path,
-                columns=data.columns,
-                split=split,
-                heldout_split=data.heldout_split,
-                heldout_fraction=data.heldout_fraction,
-                seed=recipe.train.seed,
-                limit=limit or data.limit,
-            )
-        case "folder":
-            from lora_dpo.data.folder import JsonlFolder
-
-            return JsonlFolder(
-                path,
-                split=split,
-                heldout_split=data.heldout_split,
-                heldout_fraction=data.heldout_fraction,
-                seed=recipe.train.seed,
-                limit=limit or data.limit,
-            )
-
-
-def _method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:
-    stream = PairStream(
-        pairs,
-        family,
-        seed=recipe.train.seed,
-        batch_pairs=recipe.train.batch_pairs,
-        visits_per_pair=recipe.method.visits_per_pair or 0,
-        caption_dropout=recipe.data.caption_dropout,
-        timestep_range=recipe.method.timestep_range,
-    )
-    match recipe.method:
-        case recipes.Dpo(beta=beta):
-            from lora_dpo.methods.dpo import DPO
-
-            return DPO(stream, family, adapters, beta=beta)
-        case recipes.Sft():
-            from lora_dpo.methods.sft import SFT
-
-            return SFT(stream, family, adapters)
-
-
-def _scorer(recipe: Recipe) -> Scorer | None:
-    match recipe.evaluate.scorer:
-        case "tinyworld":
-            from lora_dpo.scorers.tinyworld import TinyWorldScorer
-
-            return TinyWorldScorer()
-        case "none":
-            return None
-
-
-def _cache_dir(recipe: Recipe) -> Path:
-    if recipe.output.cache_dir is not None:
-        return Path(recipe.output.cache_dir)
-    if chosen := os.environ.get("LORA_DPO_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
-
-
 def _held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> cache.CachedPairs | None:
     if not recipe.evaluate.implicit_pairs:
         return None
-    source = _source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
+    source = parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
     try:
         return cache.fill(source, family, directory, recipe.data.resolution, _count(progress))
     except UserError as error:
@@ -361,20 +247,8 @@ def _prompts(recipe: Recipe) -> list[str]:
     if recipe.evaluate.prompts_file is not None:
         prompts = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
     else:
-        prompts = (pair.prompt for pair in _source(recipe, recipe.data.heldout_split))
+        prompts = (pair.prompt for pair in parts.source(recipe, recipe.data.heldout_split))
     return samples.first_distinct(prompts, wanted)
-
-
-def _metadata(recipe: Recipe, family: Family) -> dict[str, str]:
-    return {
-        "lora_dpo_version": __version__,
-        "base_model": recipe.base.model,
-        "base_unet": family.fingerprint()["unet"],
-        "method": json.dumps(recipe.method.model_dump(mode="json")),
-        "rank": str(recipe.adapter.rank),
-        "alpha": str(recipe.adapter.alpha),
-        "recipe": recipes.dump(recipe),
-    }
 
 
 def _count(progress: Progress) -> Callable[[int, int | None, str], None]:

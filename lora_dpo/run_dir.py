@@ -34,7 +34,9 @@ def claim(run_dir: Path, recipe: str, differences: Callable[[Path], list[str]]) 
             raise UserError("this is a file", where=run_dir, hint="give a folder as --run-dir")
         if held.exists():
             differing = differences(held)
-            if others := [key for key in differing if not key.startswith("evaluate.")]:
+            others = [key for key in differing if not key.startswith("evaluate.")]
+            # A run that failed before its first step, on a wrong path for instance, has nothing to lose.
+            if others and (run_dir / METRICS).exists():
                 raise UserError(
                     f"this run directory belongs to another recipe, which differs in {', '.join(others)}",
                     where=run_dir,

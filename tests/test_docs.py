@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from lora_dpo import cli, recipe
+from lora_dpo import cli, recipe, recipe_sections
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SECTIONS = {"data": [recipe.Data], "base": [recipe.Base], "adapter": [recipe.Adapter], "train": [recipe.Train],
-            "method": [recipe.Dpo, recipe.Sft], "evaluate": [recipe.Evaluate], "output": [recipe.Output]}  # fmt: skip
+SECTIONS = {name: [model] for name, model in recipe_sections.SECTIONS.items()} | {
+    "method": list(recipe_sections.METHODS.values())
+}
 
 
 def blocks(path: Path, language: str) -> list[str]:

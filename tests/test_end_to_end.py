@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_dpo import build, cli, hub, recipe
+from lora_dpo import build, cli, hub, parts, recipe
 from lora_dpo import train as training
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.evaluation import samples
@@ -97,7 +97,7 @@ def test_stock_diffusers_makes_the_runs_own_pictures_with_the_adapter(finished: 
     kind = {"StableDiffusionXLPipeline": StableDiffusionXLPipeline, "StableDiffusionPipeline": StableDiffusionPipeline}
     settings = recipe.load(str(finished.run_dir / "recipe.toml"))
     images = []
-    family = build._family(settings, torch.device("cpu"))
+    family = parts.family(settings, torch.device("cpu"))
     from lora_dpo import checkpoint
     from lora_dpo.adapters import Adapters
 
@@ -196,6 +196,16 @@ def test_another_recipe_is_refused_and_the_run_is_left_alone(finished: build.Out
     with pytest.raises(UserError, match=r"differs in method\.beta, train\.steps"):
         build.run(recipe.load(str(world / "small.toml"), ["train.steps=8", "method.beta=1"]), finished.run_dir)
     assert (finished.run_dir / "result.json").read_bytes() == before
+
+
+def test_a_run_that_failed_before_its_first_step_takes_the_mended_recipe(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    overrides = ["train.steps=1", "evaluate.prompts=0", "evaluate.implicit_pairs=0"]
+    broken = recipe.load(str(world / "small.toml"), [*overrides, f"data.path={tmp_path / 'broken.parquet'}"])
+    with pytest.raises(UserError, match="parquet"):
+        build.run(broken, tmp_path / "run", quiet=True)
+    mended = recipe.load(str(world / "small.toml"), overrides)
+    assert build.run(mended, tmp_path / "run", quiet=True).result["steps"] == 1
 
 
 def test_other_evaluation_keys_evaluate_anew_without_training(finished: build.Outcome, world: Path, tmp_path) -> None:

@@ -1,0 +1,145 @@
+"""What a recipe names, made: one `match` per choice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_dpo import __version__, cache, tinyworld
+from lora_dpo import recipe as recipes
+from lora_dpo.adapters import Adapters
+from lora_dpo.data import PreferenceSource
+from lora_dpo.errors import UserError
+from lora_dpo.families import Family
+from lora_dpo.methods import Method
+from lora_dpo.methods.stream import PairStream
+from lora_dpo.recipe import Recipe
+from lora_dpo.recipe_sections import Dpo, Sft
+from lora_dpo.scorers import Scorer
+
+
+def identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it share: the recipe where it matters, and the bytes behind."""
+    values = recipe.model_dump(mode="json", include={"adapter", "method", "train"})
+    for key in recipes.FREE_KEYS:
+        section, _, name = key.partition(".")
+        values.get(section, {}).pop(name, None)
+    return values | {
+        "caption_dropout": recipe.data.caption_dropout,
+        "pairs": pairs.fingerprint,
+        "denoiser": family.fingerprint()["unet"],
+        "dtype": recipe.base.dtype,
+    }
+
+
+def device(name: str) -> torch.device:
+    if name != "auto":
+        kind = name.partition(":")[0]
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+        if not available[kind]():
+            raise UserError(f"there is no {kind} device here", where="train.device", hint='give "auto" or "cpu"')
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def family(recipe: Recipe, device: torch.device) -> Family:
+    chosen, folder = recipe.base, base(recipe)
+    match chosen.family:
+        case "sdxl":
+            from lora_dpo.families.sdxl import SDXL
+
+            return SDXL(folder, revision=chosen.revision, vae=chosen.vae, dtype=chosen.dtype, device=device)
+        case "stable_diffusion":
+            from lora_dpo.families.stable_diffusion import StableDiffusion
+
+            return StableDiffusion(folder, revision=chosen.revision, vae=chosen.vae, dtype=chosen.dtype, device=device)
+
+
+def base(recipe: Recipe) -> Path | str:
+    return tinyworld.base_path() if recipe.base.model == recipes.TINYWORLD else recipe.base.model
+
+
+def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:
+    data = recipe.data
+    path = tinyworld.preferences_path() if data.path == recipes.TINYWORLD else Path(data.path)
+    match data.kind:
+        case "pickapic":
+            from lora_dpo.data.pickapic import PickAPicParquet
+
+            return PickAPicParquet(
+                path,
+                columns=data.columns,
+                split=split,
+                heldout_split=data.heldout_split,
+                heldout_fraction=data.heldout_fraction,
+                seed=recipe.train.seed,
+                limit=limit or data.limit,
+            )
+        case "folder":
+            from lora_dpo.data.folder import JsonlFolder
+
+            return JsonlFolder(
+                path,
+                split=split,
+                heldout_split=data.heldout_split,
+                heldout_fraction=data.heldout_fraction,
+                seed=recipe.train.seed,
+                limit=limit or data.limit,
+            )
+
+
+def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:
+    stream = PairStream(
+        pairs,
+        family,
+        seed=recipe.train.seed,
+        batch_pairs=recipe.train.batch_pairs,
+        visits_per_pair=recipe.method.visits_per_pair or 0,
+        caption_dropout=recipe.data.caption_dropout,
+        timestep_range=recipe.method.timestep_range,
+    )
+    match recipe.method:
+        case Dpo(beta=beta):
+            from lora_dpo.methods.dpo import DPO
+
+            return DPO(stream, family, adapters, beta=beta)
+        case Sft():
+            from lora_dpo.methods.sft import SFT
+
+            return SFT(stream, family, adapters)
+
+
+def scorer(recipe: Recipe) -> Scorer | None:
+    match recipe.evaluate.scorer:
+        case "tinyworld":
+            from lora_dpo.scorers.tinyworld import TinyWorldScorer
+
+            return TinyWorldScorer()
+        case "none":
+            return None
+
+
+def cache_dir(recipe: Recipe) -> Path:
+    if recipe.output.cache_dir is not None:
+        return Path(recipe.output.cache_dir)
+    if chosen := os.environ.get("LORA_DPO_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
+
+
+def metadata(recipe: Recipe, family: Family) -> dict[str, str]:
+    return {
+        "lora_dpo_version": __version__,
+        "base_model": recipe.base.model,
+        "base_unet": family.fingerprint()["unet"],
+        "method": json.dumps(recipe.method.model_dump(mode="json")),
+        "rank": str(recipe.adapter.rank),
+        "alpha": str(recipe.adapter.alpha),
+        "recipe": recipes.dump(recipe),
+    }

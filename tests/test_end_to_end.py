@@ -139,7 +139,7 @@ class Brightness(Scorer):
 
 def test_scores_become_a_win_rate_a_summary_and_a_card(finished: build.Outcome, world, tmp_path, monkeypatch) -> None:
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    monkeypatch.setattr(build, "_scorer", lambda _: Brightness())
+    monkeypatch.setattr(parts, "scorer", lambda _: Brightness())
     outcome = build.run(recipe.load(str(world / "small.toml"), ["evaluate.guidance=2"]), run, quiet=True)
     result = outcome.result
     low, high = result["win_rate_ci95"]

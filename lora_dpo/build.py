@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo import __version__, atomic, cache, export, figures, hub, optimizers, parts, report
+from lora_dpo import __version__, atomic, cache, export, figures, hub, kohya, optimizers, parts, report
 from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
@@ -23,10 +23,8 @@ from lora_dpo.families import Family
 from lora_dpo.methods.losses import sum_form_beta
 from lora_dpo.progress import Progress, make_progress
 from lora_dpo.recipe import Recipe
-from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, METRICS, RECIPE, RESULT, SAMPLES
+from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, KOHYA, METRICS, RECIPE, RESULT, SAMPLES
 from lora_dpo.train import TrainResult, peak_memory_gib, train
-
-PUSHED = [f"{ADAPTER}/{export.FILE}", CARD, GRID, CURVES, RECIPE, RESULT]
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,14 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
             progress.stop()
     if push_to_hub is not None:
         _write_card(recipe, run_dir, outcome.result, repo=push_to_hub)
-        outcome = replace(outcome, pushed=hub.push(run_dir, push_to_hub, PUSHED))
+        outcome = replace(outcome, pushed=hub.push(run_dir, push_to_hub, _pushed(outcome.result)))
     return outcome
+
+
+def _pushed(result: dict[str, Any]) -> list[str]:
+    """Files below the run directory that a repository on the hub gets."""
+    files = [result["adapter"], result.get("adapter_kohya"), CARD, GRID, CURVES, RECIPE, RESULT]
+    return [file for file in files if file is not None]
 
 
 def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
@@ -96,7 +100,14 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         seed=recipe.train.seed,
     )
     trained = _train(recipe, run_dir, family, adapters, pairs, device, progress)
-    file = export.save(adapters, run_dir / ADAPTER, parts.metadata(recipe, family))
+    metadata = parts.metadata(recipe, family)
+    file = export.save(adapters, run_dir / ADAPTER, metadata)
+    kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
+    try:
+        kohya.save(adapters, family, kohya_file, metadata)
+    except kohya.NotInKohyasLayout as error:
+        progress.message(f"no file in kohya's layout: {error}")
+        kohya_file = None
     implicit = None
     if kept_out is not None:
         implicit = held_out(
@@ -109,12 +120,16 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
             timestep_range=recipe.method.timestep_range,
             progress=progress,
         )
-    verified = export.verify(adapters, family, file, export.probe(pairs, family))
+    probe = export.probe(pairs, family)
+    verified = export.verify(adapters, family, file, probe)
     progress.message(f"{file} is verified: stock diffusers predicts the same to {verified.difference:.1e}")
+    if kohya_file is not None:
+        kohya_file = kohya.keep_if_same(family, kohya_file, probe, progress.message)
 
     result: dict[str, Any] = {
         "name": recipe.name,
         "adapter": file.relative_to(run_dir).as_posix(),
+        "adapter_kohya": kohya_file.relative_to(run_dir).as_posix() if kohya_file else None,
         "base": str(parts.base(recipe)),
         "pipeline": type(family.pipeline()).__name__,
         "example_prompt": (prompts or pairs.prompts)[0],

@@ -108,16 +108,14 @@ def verify(
         LoraDpoError: predictions differ by more than the tolerance, or aren't finite.
     """
     path = Path(path)
-    policy = _predict(family, probe)
+    policy = predict(family, probe)
     adapters.detach()
-    base = _predict(family, probe)
+    base = predict(family, probe)
     pipeline = family.pipeline()
-    with _errors_only():  # it warns that the text encoders have no adapters
+    with errors_only():  # it warns that the text encoders have no adapters
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name, local_files_only=True)
-    loaded = _predict(family, probe)
-    if tolerance is None:
-        tolerance = TOLERANCE.get(next(family.denoiser.parameters()).dtype, COARSE_TOLERANCE)
-    tolerance *= max(1.0, policy.abs().max().item())
+    loaded = predict(family, probe)
+    tolerance = tolerance_for(family, policy, tolerance)
     difference, effect = ((policy - other).abs().max().item() for other in (loaded, base))
     if not difference <= tolerance:
         raise LoraDpoError(
@@ -128,12 +126,21 @@ def verify(
     return Verification(difference, effect, tolerance)
 
 
-def _predict(family: Family, probe: Probe) -> Tensor:
+def tolerance_for(family: Family, prediction: Tensor, relative: float | None = None) -> float:
+    """How far predictions of the same adapter may be apart; see `verify`."""
+    if relative is None:
+        relative = TOLERANCE.get(next(family.denoiser.parameters()).dtype, COARSE_TOLERANCE)
+    return relative * max(1.0, prediction.abs().max().item())
+
+
+def predict(family: Family, probe: Probe) -> Tensor:
+    """The denoiser's prediction for the probe, in float32, with whatever adapters are on."""
     return family.predict(probe.x_t, probe.t, probe.conditioning).float()
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
+def errors_only() -> Iterator[None]:
+    """Scope in which diffusers keeps its warnings to itself."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -96,7 +96,10 @@ def _snippet(result: Mapping[str, Any], base_model: str, repo: str | None, sampl
         for ours, theirs in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"))
         if ours in sampling
     )
-    note = "" if repo is not None else "\n\n`adapter` is the folder beside this file."
+    notes = [] if repo is not None else ["`adapter` is the folder beside this file."]
+    if second := result.get("adapter_kohya"):
+        notes.append(f"For ComfyUI, A1111 and Forge, put `{second}` into their LoRA folder: the same adapter.")
+    note = "".join(f"\n\n{line}" for line in notes)
     return (
         f"```python\nfrom diffusers import {pipeline}\n{extra}\n"
         f"pipe = {pipeline}.from_pretrained({base})\n"

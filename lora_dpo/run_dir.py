@@ -11,7 +11,7 @@ from lora_dpo import atomic
 from lora_dpo.errors import UserError
 
 RECIPE, RESULT, METRICS = "recipe.toml", "result.json", "metrics.jsonl"
-ADAPTER, SAMPLES = "adapter", "samples"
+ADAPTER, KOHYA, SAMPLES = "adapter", "kohya", "samples"
 GRID, CURVES, CARD = "before_after.png", "curves.png", "README.md"
 
 

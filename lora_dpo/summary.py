@@ -27,6 +27,8 @@ def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str 
         yield ""
     adapter = run_dir / result["adapter"]
     yield f"adapter   {adapter}"
+    if result.get("adapter_kohya"):
+        yield f"          {run_dir / result['adapter_kohya']}  for ComfyUI, A1111, Forge"
     yield f"report    {run_dir / 'README.md'}"
     if pushed is not None:
         yield f"hub       {pushed}"

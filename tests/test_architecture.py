@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"methods", "evaluation", "tinyworld.preferences", "tinyworld.pretrain", "tinyworld.scoring"},
     {"checkpoint", "figures", "optimizers", "hub", "run_dir"},
     {"export", "report"},
-    {"train"},
+    {"kohya", "train"},
     {"parts"},
     {"build"},
     {"tinyworld.commands"},

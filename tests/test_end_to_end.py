@@ -86,6 +86,9 @@ def test_the_run_directory_holds_what_it_promises(finished: build.Outcome, world
     assert json.loads((run / "result.json").read_text()) == finished.result
     assert recipe.load(str(run / "recipe.toml")) == recipe.load(str(world / "small.toml"))
     assert (run / finished.result["adapter"]).is_file()
+    assert finished.result["adapter_kohya"] == "kohya/small.safetensors"
+    assert (run / finished.result["adapter_kohya"]).is_file()
+    assert "kohya/small.safetensors" in (run / "README.md").read_text("utf-8")
     assert {"win_rate", "win_rate_ci95", "score_base", "score_adapted", "seconds", "peak_memory_gib"} <= set(
         finished.result
     )

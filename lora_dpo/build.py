@@ -104,7 +104,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
     try:
-        kohya.save(adapters, family, kohya_file, metadata)
+        kohya.save(adapters.state_dict(), adapters.alpha, family, kohya_file, metadata)
     except kohya.NotInKohyasLayout as error:
         progress.message(f"no file in kohya's layout: {error}")
         kohya_file = None

@@ -119,6 +119,22 @@ def latest(run_dir: Path | str, warn: Callable[[str], None]) -> Checkpoint | Non
     return None
 
 
+def at(run_dir: Path | str, step: int) -> Checkpoint:
+    """The checkpoint after `step` optimizer steps.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    found = dict(_directories(Path(run_dir) / DIRECTORY))
+    if step not in found:
+        there = ", ".join(str(number) for number in sorted(found)) or "none"
+        raise UserError(f"no checkpoint of step {step}", where=run_dir, hint=f"there: {there}")
+    try:
+        return _verified(step, found[step])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"damaged checkpoint ({error})", where=found[step]) from None
+
+
 def require_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise a UserError with every key that differs, old → new, if the checkpoint belongs to another run."""
     old, new = _flat(checkpoint.identity), _flat(json.loads(json.dumps(identity)))

@@ -171,6 +171,48 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
 
 
 @app.command()
+def export(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run folders, adapter folders or adapter files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    step: Annotated[int | None, typer.Option("--step", help="A run's checkpoint instead of its end.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Resize to this rank by singular value decomposition.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Of each source, in order. Default: their mean.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole pipeline, adapter merged in.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="Base model, where the adapter doesn't say it.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="sdxl or stable_diffusion, with --base.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the file in kohya's layout. Default: OUT's.")] = None,
+    verify: Annotated[bool, typer.Option(help="Reload what was written and compare predictions.")] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in other shapes: another rank, a mean of several, a checkpoint, merged into the model."""
+    with _reserved_stdout(as_json):
+        from lora_dpo import reexport
+
+        result = reexport.run(
+            sources, out, step=step, rank=rank, weights=weight, merge=merge, base=base, family=family, dtype=dtype,
+            name=name, verify=verify, device=device, tell=_say,
+        )  # fmt: skip
+    if as_json:
+        _print_json(result)
+    else:
+        print(result.get("pipeline") or result["adapter"])
+        if result.get("adapter_kohya"):
+            print(result["adapter_kohya"])
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, for editors that complete and check TOML."""
     from lora_dpo.recipe import json_schema

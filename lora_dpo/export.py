@@ -46,10 +46,14 @@ def save(adapters: Adapters, directory: Path | str, metadata: Mapping[str, str])
         f"{PREFIX}.{name}": weight * scale if ".lora_B." in name else weight
         for name, weight in adapters.state_dict().items()
     }
-    path = Path(directory) / FILE
+    return write(state, Path(directory) / FILE, metadata)
+
+
+def write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
+    """Write tensors as one safetensors file, complete or not at all; UserError if that can't be done."""
     with atomic.clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace(path, safetensors.torch.save(state, metadata={"format": "pt", **metadata}))
+        atomic.replace(path, safetensors.torch.save(dict(state), metadata={"format": "pt", **metadata}))
     return path
 
 
@@ -107,11 +111,29 @@ def verify(
     Raises:
         LoraDpoError: predictions differ by more than the tolerance, or aren't finite.
     """
-    path = Path(path)
     policy = predict(family, probe)
     adapters.detach()
     base = predict(family, probe)
-    pipeline = family.pipeline()
+    return verify_file(family, path, probe, policy=policy, base=base, adapter_name=adapter_name, tolerance=tolerance)
+
+
+@torch.no_grad()
+def verify_file(
+    family: Family,
+    path: Path | str,
+    probe: Probe,
+    *,
+    policy: Tensor,
+    base: Tensor,
+    adapter_name: str = LOADED_NAME,
+    tolerance: float | None = None,
+) -> Verification:
+    """As `verify`, against predictions made before.
+
+    Args:
+        policy, base: of the probe, with the adapter and without.
+    """
+    path, pipeline = Path(path), family.pipeline()
     with errors_only():  # it warns that the text encoders have no adapters
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name, local_files_only=True)
     loaded = predict(family, probe)

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
+from torch import Tensor
 
-from lora_dpo import atomic
-from lora_dpo.adapters import Adapters
 from lora_dpo.errors import LoraDpoError
-from lora_dpo.export import LOADED_NAME, Probe, Verification, errors_only, predict, tolerance_for
+from lora_dpo.export import LOADED_NAME, Probe, Verification, errors_only, predict, tolerance_for, write
 from lora_dpo.families import Family
 
 NAME = "kohya"
@@ -45,10 +43,14 @@ class NotInKohyasLayout(LoraDpoError):
     """The adapter has a layer that the layout has no name for, or its file is read as another adapter."""
 
 
-def save(adapters: Adapters, family: Family, path: Path | str, metadata: Mapping[str, str]) -> Path:
-    """Write one file in kohya's layout, float32.
+def save(
+    state: Mapping[str, Tensor], alpha: float, family: Family, path: Path | str, metadata: Mapping[str, str]
+) -> Path:
+    """Write one file in kohya's layout.
 
     Args:
+        state: `<module>.lora_A.weight` and `.lora_B.weight`, the factors as they were trained.
+        alpha: loaders multiply by alpha / rank; the rank is the factors'.
         metadata: strings for the file's header, beside those that the programs read (`ss_…`, `modelspec.…`).
 
     Raises:
@@ -59,18 +61,17 @@ def save(adapters: Adapters, family: Family, path: Path | str, metadata: Mapping
     config = cast(Mapping[str, Any], family.denoiser.config)
     xl = family.name == "sdxl"
     kind = "xl" if xl else "v2" if config["cross_attention_dim"] == 1024 else "v1"
-    state = {}
-    for name, weight in adapters.state_dict().items():
+    named: dict[str, Tensor] = {}
+    for name, weight in state.items():
         module, part, _ = name.rsplit(".", 2)
         plain = sgm_name(module, config["layers_per_block"]) if xl else module.replace(".", "_")
-        state[f"lora_unet_{plain}.{_PARTS[part]}.weight"] = weight
-        state[f"lora_unet_{plain}.alpha"] = torch.tensor(float(adapters.alpha))
+        named[f"lora_unet_{plain}.{_PARTS[part]}.weight"] = weight
+        named[f"lora_unet_{plain}.alpha"] = torch.tensor(float(alpha))
     version, architecture = _MODELS[kind]
     header = {
-        "format": "pt",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapters.rank),
-        "ss_network_alpha": str(adapters.alpha),
+        "ss_network_dim": str(max(len(weight) for name, weight in state.items() if ".lora_A." in name)),
+        "ss_network_alpha": str(alpha),
         "ss_base_model_version": version,
         "ss_v2": str(kind == "v2"),
         "ss_output_name": path.stem,
@@ -79,10 +80,7 @@ def save(adapters: Adapters, family: Family, path: Path | str, metadata: Mapping
         "modelspec.title": path.stem,
         **metadata,
     }
-    with atomic.clear_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace(path, safetensors.torch.save(state, metadata=header))
-    return path
+    return write(named, path, header)
 
 
 def sgm_name(module: str, layers_per_block: int) -> str:

@@ -18,7 +18,7 @@ from lora_dpo.families import Family
 from lora_dpo.methods import Method
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
-from lora_dpo.recipe_sections import Dpo, Sft
+from lora_dpo.recipe_sections import Base, Dpo, Sft
 from lora_dpo.scorers import Scorer
 
 
@@ -49,7 +49,11 @@ def device(name: str) -> torch.device:
 
 
 def family(recipe: Recipe, device: torch.device) -> Family:
-    chosen, folder = recipe.base, base(recipe)
+    return open_base(recipe.base, device)
+
+
+def open_base(chosen: Base, device: torch.device) -> Family:
+    folder = tinyworld.base_path() if chosen.model == recipes.TINYWORLD else chosen.model
     match chosen.family:
         case "sdxl":
             from lora_dpo.families.sdxl import SDXL

@@ -81,7 +81,9 @@ def test_diffusers_reads_the_policy_from_it(request, tmp_path, name, options):
     with torch.no_grad():
         policy = export.predict(family, probe)
     first = export.save(adapters, tmp_path / "adapter", {})
-    second = kohya.save(adapters, family, tmp_path / "kohya" / "mine.safetensors", {"recipe": "…"})
+    second = kohya.save(
+        adapters.state_dict(), adapters.alpha, family, tmp_path / "kohya" / "mine.safetensors", {"recipe": "…"}
+    )
     export.verify(adapters, family, first, probe)
     found = kohya.verify(family, second, probe)
     assert found.difference <= found.tolerance < 1e-4
@@ -98,7 +100,9 @@ def test_alpha_stands_beside_plain_weights(request, tmp_path, name):
     world: World = request.getfixturevalue(name)
     family = world.family()
     adapters = attach(family, moved=0.1, alpha=12.0)
-    path = kohya.save(adapters, family, tmp_path / "mine.safetensors", {"base_model": "tiny"})
+    path = kohya.save(
+        adapters.state_dict(), adapters.alpha, family, tmp_path / "mine.safetensors", {"base_model": "tiny"}
+    )
     state, own = load_file(path), adapters.state_dict()
     layers = {key.split(".")[0] for key in state}
     assert len(state) == 3 * len(layers) == 3 * len(own) // 2
@@ -119,7 +123,7 @@ def test_a_file_that_is_read_as_another_adapter_is_removed(world, tmp_path, dama
     probe = export.probe(world.pairs(family), family)
     adapters = attach(family, moved=0.1, alpha=12.0)
     first = export.save(adapters, tmp_path / "adapter", {})
-    second = kohya.save(adapters, family, tmp_path / "mine.safetensors", {})
+    second = kohya.save(adapters.state_dict(), adapters.alpha, family, tmp_path / "mine.safetensors", {})
     state = load_file(second)
     if damage == "strength":  # what the common converter writes: alpha = rank
         state |= {key: torch.tensor(4.0) for key in state if key.endswith(".alpha")}

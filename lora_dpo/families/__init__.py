@@ -92,6 +92,10 @@ class Family(ABC):
         """Frees the VAE and the text encoders; they are loaded again when needed."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Frees every network; they are loaded again, as their files have them, when needed."""
+
+    @abstractmethod
     def pipeline(self) -> DiffusionPipeline:
         """The stock diffusers pipeline around the same `denoiser` object."""
 

@@ -61,7 +61,7 @@ class PipelineFolder:
 
     def tokenizer(self, component: str) -> CLIPTokenizer:
         folder = self._folder(component)
-        with _explained(folder), _quiet():
+        with _explained(folder), quiet():
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     def scheduler(self) -> Any:
@@ -109,7 +109,7 @@ class PipelineFolder:
         _, variant = self._weights(component)
         # Without a dtype, transformers keeps the file's and diffusers takes float32: they then don't fit together.
         name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
-        with _explained(folder), _quiet():
+        with _explained(folder), quiet():
             model: Any = kind.from_pretrained(
                 folder, variant=variant, use_safetensors=True, local_files_only=True, **{name: dtype}
             )
@@ -186,8 +186,8 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither library's loading bars, and afterwards each as it was."""
+def quiet() -> Iterator[None]:
+    """Scope without either library's loading bars; afterwards each is as it was."""
     libraries = [
         (library, enabled)
         for library, enabled in (

@@ -112,6 +112,11 @@ class UNetFamily(Family):
             torch.cuda.empty_cache()
 
     @final
+    def release(self) -> None:
+        self._unet = None
+        self.release_encoders()
+
+    @final
     def fingerprint(self) -> dict[str, str]:
         if self._fingerprint is None:
             self._fingerprint = {

@@ -1,0 +1,339 @@
+"""`lora-dpo export`: adapters that are finished into other files: resized, averaged, of another step, merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from lora_dpo import atomic, checkpoint, export, kohya, parts, updates
+from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.families import Family, uncropped
+from lora_dpo.families.folder import quiet
+from lora_dpo.families.unet import DTYPES
+from lora_dpo.randomness import torch_generator
+from lora_dpo.recipe_sections import Base
+from lora_dpo.run_dir import ADAPTER, KOHYA, RECIPE, RESULT
+from lora_dpo.updates import Updates
+
+PROBE = "re-export verification"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter: its updates, where they are from, and the strings of its header."""
+
+    place: Path
+    updates: Updates
+    header: dict[str, str]
+
+
+def open_source(path: Path, step: int | None = None) -> Source:
+    """A run's folder (its finished adapter, or a checkpoint's), an adapter's folder or file.
+
+    Raises:
+        UserError: none of these, or `step` with anything but a run.
+    """
+    if (path / RECIPE).is_file():
+        return _of_run(path, step)
+    if step is not None:
+        raise UserError("--step is for run directories", where=path, hint="give the folder with recipe.toml in it")
+    file = path / export.FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            "neither a run directory nor an adapter", where=path, hint=f"an adapter is a file {export.FILE}"
+        )
+    found, header = updates.read(file)
+    return Source(file, found, header)
+
+
+def _of_run(run: Path, step: int | None) -> Source:
+    if step is None and (run / RESULT).is_file():
+        file = run / ADAPTER / export.FILE
+        found, header = updates.read(file)
+        return Source(file, found, header)
+    if step is None:
+        raise UserError(
+            "this run is not finished", where=run, hint="train it to its end, or choose a checkpoint with --step"
+        )
+    saved = checkpoint.at(run, step)
+    chosen = saved.identity["adapter"]
+    recipe = (run / RECIPE).read_text("utf-8")
+    header = {"recipe": recipe, "step": str(step), "base_unet": str(saved.identity["denoiser"])}
+    return Source(saved.path, updates.from_state(saved.adapter(), chosen["alpha"] / chosen["rank"]), header)
+
+
+def base_of(sources: Sequence[Source], model: str | None, family: str | None, dtype: str | None) -> Base:
+    """The base model that the adapters belong to: as their header's recipe has it, unless other values are given.
+
+    Raises:
+        UserError: adapters of different base models, or no way to tell which.
+    """
+    known = {source.header["base_unet"] for source in sources if "base_unet" in source.header}
+    if len(known) > 1:
+        places = ", ".join(str(source.place) for source in sources)
+        raise UserError("these adapters were trained on different base models", where=places)
+    values: dict[str, Any] = {}
+    for source in reversed(sources):
+        values |= tomllib.loads(source.header.get("recipe", "")).get("base", {})
+    # What belongs to the recipe's own model doesn't go with another.
+    values = {"family": values.get("family"), "model": model} if model is not None else values
+    values |= {key: value for key, value in (("family", family), ("dtype", dtype)) if value is not None}
+    try:
+        return Base.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        missing = ", ".join(str(entry["loc"][0]) for entry in error.errors())
+        raise UserError(
+            f"the adapter doesn't say what its base model is ({missing})",
+            where=sources[0].place,
+            hint="give --base and --family (sdxl or stable_diffusion)",
+        ) from None
+
+
+def run(
+    places: Sequence[Path],
+    out: Path,
+    *,
+    step: int | None = None,
+    rank: int | None = None,
+    weights: Sequence[float] | None = None,
+    merge: bool = False,
+    base: str | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    name: str | None = None,
+    verify: bool = True,
+    device: str = "auto",
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """The command: see `write_adapter` and `write_merged`, which its result is from.
+
+    Raises:
+        UserError: as these, and options that don't go together.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", where="--dtype", hint=f"one of {', '.join(DTYPES)}")
+    if merge and (rank is not None or name is not None):
+        raise UserError("a merged model has no rank and no second file", where="--merge", hint="leave it out")
+    sources = [open_source(place, step) for place in places]
+    chosen = base_of(sources, base, family, dtype if merge else None)
+    where = parts.device(device)
+    opened = parts.open_base(chosen, where)
+    if merge:
+        # The written folder has its own VAE and its own prediction type: nothing but the place is replaced.
+        again = Base(family=chosen.family, model=str(out), dtype=chosen.dtype)
+        return write_merged(
+            sources,
+            opened,
+            lambda folder: parts.open_base(again.model_copy(update={"model": str(folder)}), where),
+            out,
+            weights=weights,
+            verify=verify,
+            tell=tell,
+        )
+    return write_adapter(
+        sources,
+        opened,
+        out,
+        name=name or out.resolve().name,
+        weights=weights,
+        rank=rank,
+        dtype=dtype or "float32",
+        verify=verify,
+        tell=tell,
+    )
+
+
+def write_adapter(
+    sources: Sequence[Source],
+    family: Family,
+    out: Path,
+    *,
+    name: str,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+    verify: bool = True,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Both files of one adapter into the folder `out`, from one source or the weighted mean of several.
+
+    Args:
+        weights: of the sources; None: equal, with sum 1.
+        rank: the largest that a layer may have; None: the largest among the sources.
+        dtype: of the files' tensors.
+        verify: reload both files through stock diffusers, and compare predictions.
+
+    Raises:
+        UserError: sources that don't fit each other or the base; `out` has an adapter already.
+        LoraDpoError: a reloaded file predicts something else.
+    """
+    files = [out / export.FILE, out / KOHYA / f"{name}.safetensors"]
+    for file in files:
+        if file.exists():
+            raise UserError("there is a file already", where=file, hint="give another --out")
+    shares = _shares(sources, weights)
+    whole = sources[0].updates if len(sources) == 1 and shares == [1.0] else updates.average(
+        [source.updates for source in sources], shares
+    )  # fmt: skip
+    limit = rank or max(update.rank for source in sources for update in source.updates.values())
+    resized = None
+    if any(update.rank > limit for update in whole.values()):
+        resized = updates.resize(whole, limit)
+        tell(f"rank {limit}: {resized.error:.2%} of the update is lost, {resized.worst[1]:.2%} in {resized.worst[0]}")
+    kept = resized.updates if resized else whole
+    state = updates.to_state(kept, DTYPES[dtype])
+    result: dict[str, Any] = {
+        "adapter": str(files[0]),
+        "adapter_kohya": None,
+        "sources": [str(source.place) for source in sources],
+        "weights": shares,
+        "rank": max(update.rank for update in kept.values()),
+        "dtype": dtype,
+        "error": resized.error if resized else 0.0,
+        "worst_layer": list(resized.worst) if resized else None,
+        "verification": None,
+        "resizing_effect": None,
+    }
+    header = {key: value for key, value in sources[0].header.items() if not key.startswith(("ss_", "modelspec."))}
+    header |= {"lora_dpo_export": json.dumps({key: result[key] for key in ("sources", "weights", "rank", "error")})}
+    try:
+        export.write({f"{export.PREFIX}.{key}": tensor for key, tensor in state.items()}, files[0], header)
+        try:
+            alpha = float(result["rank"])
+            result["adapter_kohya"] = str(
+                kohya.save(state, alpha, family, files[1], header | {"rank": str(result["rank"])})
+            )
+        except kohya.NotInKohyasLayout as error:
+            tell(f"no file in kohya's layout: {error}")
+        if verify:
+            result |= _verify(family, whole, state, files, result, tell)
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    return result
+
+
+@torch.no_grad()
+def _verify(
+    family: Family, whole: Updates, state: dict[str, Any], files: list[Path], result: dict[str, Any], tell: Any
+) -> dict[str, Any]:
+    """Against the updates added by hand to the layers' outputs, for the file has no trained adapter beside it."""
+    inputs = probe(family)
+    base = export.predict(family, inputs)
+    with updates.applied(family.denoiser, updates.from_state({key: t.float() for key, t in state.items()})):
+        wanted = export.predict(family, inputs)
+    with updates.applied(family.denoiser, whole):
+        before = export.predict(family, inputs)
+    verified = export.verify_file(family, files[0], inputs, policy=wanted, base=base)
+    tell(f"{files[0]} is verified: stock diffusers predicts the same to {verified.difference:.1e}")
+    second = None
+    if result["adapter_kohya"] is not None:
+        second = kohya.keep_if_same(family, files[1], inputs, tell)
+    found: dict[str, Any] = {
+        "adapter_kohya": str(second) if second else None,
+        "verification": {"difference": verified.difference, "tolerance": verified.tolerance, "effect": verified.effect},
+    }
+    if result["worst_layer"] is not None:
+        changed = ((wanted - before).square().mean() / (before - base).square().mean()).sqrt().item()
+        tell(f"predictions moved by {changed:.2%} of what the adapter changes")
+        found["resizing_effect"] = changed
+    return found
+
+
+def write_merged(
+    sources: Sequence[Source],
+    family: Family,
+    reopen: Callable[[Path], Family],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    verify: bool = True,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """A whole diffusers pipeline with the update in its UNet's weights, in the folder `out`.
+
+    Args:
+        reopen: the family of a folder, to verify what was written.
+
+    Raises:
+        UserError: `out` exists and isn't empty; sources that don't fit the base; disk full.
+        LoraDpoError: the reloaded pipeline predicts something else.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("there is something already", where=out, hint="give a new or an empty folder as --out")
+    shares = _shares(sources, weights)
+    whole = updates.average([source.updates for source in sources], shares)
+    inputs = probe(family)
+    with torch.no_grad():
+        base = export.predict(family, inputs)
+        with updates.applied(family.denoiser, whole):
+            wanted = export.predict(family, inputs)
+    updates.merge(family.denoiser, whole)
+    staging = out.with_name(f".{out.name}.partial")
+    with atomic.clear_os_errors(out):
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with export.errors_only(), quiet():
+                family.pipeline().save_pretrained(staging)
+            family.release()
+            found = None
+            if verify:
+                found = _verify_merged(reopen(staging), inputs, wanted, base, out, tell)
+            if out.exists():
+                out.rmdir()
+            os.rename(staging, out)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return {
+        "pipeline": str(out),
+        "sources": [str(source.place) for source in sources],
+        "weights": shares,
+        "dtype": str(family.dtype).removeprefix("torch."),
+        "verification": found,
+    }
+
+
+@torch.no_grad()
+def _verify_merged(
+    family: Family, inputs: export.Probe, wanted: torch.Tensor, base: torch.Tensor, out: Path, tell: Any
+) -> dict[str, float]:
+    merged = export.predict(family, inputs)
+    tolerance = export.tolerance_for(family, wanted)
+    difference, effect = ((wanted - other).abs().max().item() for other in (merged, base))
+    if not difference <= tolerance:
+        raise LoraDpoError(
+            f"{out}: the merged model's predictions differ from the adapter's by {difference:.3g} (tolerance "
+            f"{tolerance:.3g}; the adapter itself changes them by {effect:.3g}); nothing was kept"
+        )
+    tell(f"{out} is verified: reloaded, it predicts the same to {difference:.1e}; the adapter changes {effect:.1e}")
+    return {"difference": difference, "tolerance": tolerance, "effect": effect}
+
+
+def probe(family: Family, seed: int = 0) -> export.Probe:
+    """Noise at two timesteps, under the prompts "" and "a photo"."""
+    side = family.resolution
+    shape = (2, family.latent_channels, side // family.latent_scale, side // family.latent_scale)
+    x_t = torch.randn(shape, generator=torch_generator(seed, PROBE)).to(family.device)
+    steps = family.schedule.num_timesteps
+    conditioning = family.with_geometry(family.encode_prompts(["", "a photo"]), uncropped(side, side, 2))
+    return export.Probe(x_t, torch.tensor([steps // 4, steps // 2], device=family.device), conditioning)
+
+
+def _shares(sources: Sequence[Source], weights: Sequence[float] | None) -> list[float]:
+    if weights is None:
+        return [1 / len(sources)] * len(sources)
+    if len(weights) != len(sources):
+        raise UserError(f"{len(weights)} weights for {len(sources)} adapters", where="--weights")
+    return [float(weight) for weight in weights]

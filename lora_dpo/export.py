@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,11 +51,23 @@ def save(adapters: Adapters, directory: Path | str, metadata: Mapping[str, str])
 
 
 def write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write tensors as one safetensors file, complete or not at all; UserError if that can't be done."""
+    """Write tensors as one safetensors file, complete or not at all; UserError if that can't be done.
+
+    The same tensors and strings give the same bytes.
+    """
+    data = safetensors.torch.save(dict(state), metadata={"format": "pt", **metadata})
     with atomic.clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace(path, safetensors.torch.save(dict(state), metadata={"format": "pt", **metadata}))
+        atomic.replace(path, _in_order(data))
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """The library writes the header's strings in an order that changes from call to call; here they are sorted."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns what follows
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 @dataclass(frozen=True)

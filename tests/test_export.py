@@ -99,6 +99,17 @@ def test_the_file_has_the_update_itself_and_its_metadata(world, tmp_path):
         assert torch.equal(written[f"unet.{name}"], weight * 3.0 if ".lora_B." in name else weight)
 
 
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    state = {"unet.b": torch.arange(3.0), "unet.a": torch.ones(2, 2)}
+    strings = {f"key {n}": "ä" * n for n in range(20)}
+    files = [export.write(state, tmp_path / f"{n}.safetensors", strings).read_bytes() for n in range(4)]
+    assert len(set(files)) == 1
+    assert load_file(tmp_path / "0.safetensors").keys() == state.keys()
+    assert all(torch.equal(load_file(tmp_path / "0.safetensors")[name], state[name]) for name in state)
+    with safetensors.safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **strings}
+
+
 def test_a_wrong_file_is_noticed(world, tmp_path):
     family = world.family()
     probe = export.probe(world.pairs(family), family)

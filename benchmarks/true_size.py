@@ -112,9 +112,7 @@ def _random(kind: Any, config: Any) -> Any:
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
     for name, parameter in model.named_parameters():
-        if "embedding" in name and parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
-        elif not parameter.isfinite().all():
+        if ("embedding" in name and parameter.dim() == 2) or not parameter.isfinite().all():
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 

@@ -55,6 +55,7 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
     if push_to_hub is not None:
         hub.require_access(push_to_hub)
     device = parts.device(recipe.train.device)
+    optimizers.require(recipe.train.optimizer, device)
     held = run_dirs.claim(
         run_dir, recipes.dump(recipe), lambda file: recipes.differences(recipes.load(str(file)), recipe)
     )

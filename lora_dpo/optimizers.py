@@ -1,18 +1,55 @@
-"""AdamW in 32 or 8 bits, and learning rates as a pure function of the step (nothing of them needs saving)."""
+"""Optimizers by their libraries, and learning rates as a pure function of the step (nothing of them needs saving)."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lora_dpo.errors import UserError
 
-Kind = Literal["adamw", "adamw8bit"]
+Kind = Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw"]
 Schedule = Literal["constant", "linear", "cosine"]
+# Kind → the module that has it, and the extra that installs it.
+_LIBRARIES: dict[str, tuple[str, str]] = {
+    "adamw8bit": ("bitsandbytes.optim", "bitsandbytes"),
+    "paged_adamw8bit": ("bitsandbytes.optim", "bitsandbytes"),
+    "lion8bit": ("bitsandbytes.optim", "bitsandbytes"),
+    "adafactor": ("transformers.optimization", ""),
+    "prodigy": ("prodigyopt", "prodigy"),
+    "schedule_free_adamw": ("schedulefree", "schedulefree"),
+}
+
+
+def require(kind: Kind, device: torch.device) -> Any:
+    """The optimizer's library, imported; None for torch's own. Call it before hours of work.
+
+    Raises:
+        UserError: the library is missing or broken, or the optimizer needs another device.
+    """
+    if kind == "paged_adamw8bit" and device.type != "cuda":
+        raise UserError(
+            f"paged_adamw8bit moves its state between a GPU's memory and the machine's; this is {device.type}",
+            where="train.optimizer",
+            hint='use optimizer = "adamw8bit"',
+        )
+    if kind not in _LIBRARIES:
+        return None
+    module, extra = _LIBRARIES[kind]
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken installation raises whatever its shared library does
+        raise UserError(
+            f"{kind} needs {module.partition('.')[0]}, which can't be imported ({error})",
+            where="train.optimizer",
+            hint=f'pip install "lora-dpo[{extra}]", or use optimizer = "adamw"',
+        ) from error
 
 
 def build(
@@ -24,27 +61,69 @@ def build(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """An optimizer over `parameters` in their order.
+    """An optimizer over `parameters` in their order, at just this learning rate.
 
-    "adamw8bit" is bitsandbytes' block-wise 8-bit AdamW; tensors of fewer than 4,096 elements keep 32-bit moments.
+    The 8-bit ones are bitsandbytes' block-wise ones; tensors of fewer than 4,096 elements keep 32-bit moments.
+    "lion8bit" takes its second β from Lion (0.99; Chen et al. 2023). "adafactor" has a fixed rate: neither its relative
+    steps nor its scaling by the weights' size, which would hold B = 0 back. "prodigy" finds the step size itself
+    (Mishchenko and Defazio 2023): the rate is its multiplier, normally 1; bias correction and the safeguard for
+    warm-up are on, as its authors advise for diffusion models. "schedule_free_adamw" (Defazio et al. 2024) trains one
+    point and offers the mean of its path: see `evaluation_weights`.
 
     Raises:
-        UserError: adamw8bit without a working bitsandbytes.
+        UserError: the library is missing, or the optimizer can't work on the parameters' device.
     """
-    options = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+    weights = list(parameters.values())
+    library = require(kind, weights[0].device)
+    options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     match kind:
         case "adamw":
-            return torch.optim.AdamW(parameters.values(), **options)
+            return torch.optim.AdamW(weights, betas=betas, eps=eps, **options)
         case "adamw8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except Exception as error:  # a broken installation raises whatever its shared library does
-                raise UserError(
-                    f"adamw8bit needs bitsandbytes, which can't be imported ({error})",
-                    where="train.optimizer",
-                    hint='pip install "lora-dpo[adamw8bit]", or use optimizer = "adamw"',
-                ) from error
-            return AdamW8bit(parameters.values(), **options)
+            return library.AdamW8bit(weights, betas=betas, eps=eps, **options)
+        case "paged_adamw8bit":
+            return library.PagedAdamW8bit(weights, betas=betas, eps=eps, **options)
+        case "lion8bit":
+            return library.Lion8bit(weights, betas=(betas[0], 0.99), **options)
+        case "adafactor":
+            return library.Adafactor(weights, scale_parameter=False, relative_step=False, **options)
+        case "prodigy":
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints that its weight decay is decoupled
+                return library.Prodigy(weights, betas=betas, use_bias_correction=True, safeguard_warmup=True, **options)
+        case "schedule_free_adamw":
+            optimizer = library.AdamWScheduleFree(weights, betas=betas, eps=eps, **options)
+            optimizer.train()
+            return optimizer
+
+
+@contextlib.contextmanager
+def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Scope in which the parameters have the values that are to be used; training goes on from the exact old ones.
+
+    They differ for schedule-free optimizers only, whose switch there and back would round.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in parameters] if is_schedule_free(optimizer) else []
+    modes = [group.get("train_mode") for group in optimizer.param_groups]
+    use_evaluation_weights(optimizer)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=False):
+            parameter.data.copy_(value)
+        for group, mode in zip(optimizer.param_groups, modes, strict=True):
+            if mode is not None:
+                group["train_mode"] = mode
+
+
+def use_evaluation_weights(optimizer: torch.optim.Optimizer) -> None:
+    """As `evaluation_weights`, for good: training is over."""
+    if is_schedule_free(optimizer):
+        optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.partition(".")[0] == "schedulefree"
 
 
 def learning_rate_at(

@@ -119,7 +119,21 @@ def _tinyworld_family(view: _View) -> Found:
         yield ("base", "family"), f'got {shown(view["base.family"])}, but base.model = "tinyworld" is of family "sdxl"'
 
 
+def _optimizer(view: _View) -> Found:
+    kind, rate = view["train.optimizer"], view["train.learning_rate"]
+    if kind == "prodigy" and rate < 0.01:
+        yield (
+            ("train", "learning_rate"),
+            f"got {rate:g}: prodigy finds the step size itself and takes this as its multiplier, normally 1",
+        )
+    if kind == "schedule_free_adamw" and view["train.schedule"] != "constant":
+        yield (
+            ("train", "schedule"),
+            f'got {shown(view["train.schedule"])}: a schedule-free optimizer wants "constant" (warm-up is fine)',
+        )
+
+
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _splits, _columns, _scorer,
-    _data_exists, _prompts_exist, _model_exists, _tinyworld_family,
+    _data_exists, _prompts_exist, _model_exists, _tinyworld_family, _optimizer,
 )  # fmt: skip

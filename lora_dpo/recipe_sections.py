@@ -92,7 +92,9 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         default=1e-4, description="as the optimizer sees it, never rescaled"
     )
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal[
+        "adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw"
+    ] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = Field(default=0, description="linear; a run shorter than it ends in it")

@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from lora_dpo import atomic, checkpoint
+from lora_dpo import atomic, checkpoint, optimizers
 from lora_dpo.adapters import Adapters
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
@@ -73,7 +73,8 @@ def train(
     """Train the adapters to `steps` optimizer steps, from the newest intact checkpoint in `run_dir` if there is one.
 
     An uninterrupted run and one that was killed anywhere and resumed end with the same weights, bit for bit, on the
-    same machine, and with the same `metrics.jsonl` but for its times.
+    same machine, and with the same `metrics.jsonl` but for its times. At the end the adapters have the weights that are
+    to be used, which for a schedule-free optimizer are not those that it trains on and saves.
 
     Args:
         optimizer: over `adapters.parameters()`, freshly built.
@@ -106,6 +107,7 @@ def train(
         reporter.message(f"resumed at step {done} of {steps} from {found.path}")
     result = TrainResult(steps, done, 0.0, peak_memory_gib(device))
     if done == steps:
+        optimizers.use_evaluation_weights(optimizer)
         return result
 
     def save() -> None:
@@ -155,6 +157,7 @@ def train(
                         )
                 if done == steps:
                     break
+        optimizers.use_evaluation_weights(optimizer)
     finally:
         adapters.train(False)
         reporter.stop()

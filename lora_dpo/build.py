@@ -18,7 +18,7 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.data import SourceReport
 from lora_dpo.errors import UserError
 from lora_dpo.evaluation import samples
-from lora_dpo.evaluation.held_out import held_out
+from lora_dpo.evaluation.held_out import HeldOut, held_out
 from lora_dpo.families import Family
 from lora_dpo.methods.losses import sum_form_beta
 from lora_dpo.progress import Progress, make_progress
@@ -100,7 +100,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         dropout=recipe.adapter.dropout,
         seed=recipe.train.seed,
     )
-    trained = _train(recipe, run_dir, family, adapters, pairs, device, progress)
+    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress)
     metadata = parts.metadata(recipe, family)
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
@@ -111,16 +111,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         kohya_file = None
     implicit = None
     if kept_out is not None:
-        implicit = held_out(
-            family,
-            adapters,
-            kept_out,
-            beta=recipe.method.beta if recipe.method.kind == "dpo" else 1.0,
-            batch=recipe.train.micro_batch_pairs or recipe.train.batch_pairs,
-            seed=recipe.evaluate.seed,
-            timestep_range=recipe.method.timestep_range,
-            progress=progress,
-        )
+        implicit = _implicit(recipe, family, adapters, kept_out, progress=progress)
     probe = export.probe(pairs, family)
     verified = export.verify(adapters, family, file, probe)
     progress.message(f"{file} is verified: stock diffusers predicts the same to {verified.difference:.1e}")
@@ -140,6 +131,8 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         "score_base": None,
         "score_adapted": None,
         "steps": trained.steps,
+        "exported_step": trained.exported_step,
+        "rollbacks": trained.rollbacks,
         "pairs": len(pairs),
         "data": {"rows": kept.rows, "kept": kept.kept, "dropped": dict(kept.dropped), "summary": kept.summary()},
         "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
@@ -209,10 +202,16 @@ def _train(
     family: Family,
     adapters: Adapters,
     pairs: cache.CachedPairs,
+    kept_out: cache.CachedPairs | None,
     device: torch.device,
     progress: Progress,
 ) -> TrainResult:
     chosen = recipe.train
+
+    def measure() -> dict[str, float]:
+        assert kept_out is not None  # the recipe's checks
+        found = _implicit(recipe, family, adapters, kept_out, limit=recipe.evaluate.every_steps_pairs).to_json()
+        return {name: found[name] for name in _MEASURED}
 
     def learning_rate(step: int) -> float:
         return optimizers.learning_rate_at(
@@ -243,6 +242,36 @@ def _train(
         save_every_steps=chosen.save_every_steps,
         keep_checkpoints=chosen.keep_checkpoints,
         precision=chosen.precision,
+        ema_decay=chosen.ema_decay,
+        spike_factor=chosen.spike_factor,
+        held_out=measure if recipe.evaluate.every_steps is not None else None,
+        held_out_every_steps=recipe.evaluate.every_steps,
+        export=recipe.evaluate.checkpoint,
+    )
+
+
+_MEASURED = ("accuracy", "margin", "loss", "error_winner", "error_loser", "ref_error_winner", "ref_error_loser")
+
+
+def _implicit(
+    recipe: Recipe,
+    family: Family,
+    adapters: Adapters,
+    pairs: cache.CachedPairs,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> HeldOut:
+    return held_out(
+        family,
+        adapters,
+        pairs,
+        beta=recipe.method.beta if recipe.method.kind == "dpo" else 1.0,
+        batch=recipe.train.micro_batch_pairs or recipe.train.batch_pairs,
+        seed=recipe.evaluate.seed,
+        limit=limit,
+        timestep_range=recipe.method.timestep_range,
+        progress=progress,
     )
 
 

@@ -1,4 +1,5 @@
-"""Atomic checkpoints: `checkpoints/step-00000100/{adapter.safetensors, optimizer.safetensors, state.json}`.
+"""Atomic checkpoints: `checkpoints/step-00000100/{adapter.safetensors, optimizer.safetensors, state.json}`, and
+`ema.safetensors` where an average of the weights is kept.
 
 A checkpoint is written beside its place and renamed, so it is complete or absent; `state.json` holds checksums, so a
 damaged one is recognised and the one before it used. No pickle.
@@ -11,8 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,27 @@ from lora_dpo.errors import UserError
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
-_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+_ADAPTER, _OPTIMIZER, _EMA, _STATE = "adapter.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
 _TREE = "tree"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete, verified checkpoint after `step` optimizer steps."""
+    """A complete, verified checkpoint after `step` optimizer steps.
+
+    Attributes:
+        rollbacks: (step of a spike, step that training went back to), in order.
+    """
 
     path: Path
     step: int
     identity: dict[str, Any]
     versions: dict[str, str]
+    rollbacks: list[tuple[int, int]] = field(default_factory=list)
+
+    def ema(self) -> dict[str, Tensor]:
+        return safetensors.torch.load_file(self.path / _EMA)
 
     def adapter(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.path / _ADAPTER)
@@ -58,9 +67,12 @@ def save(
     adapter: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     identity: Mapping[str, Any],
+    ema: Mapping[str, Tensor] | None = None,
+    rollbacks: Sequence[tuple[int, int]] = (),
     keep: int | None = None,
+    besides: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the last `keep` (None: remove nothing).
+    """Write the checkpoint of `step`, then remove all but the last `keep` (None: remove nothing) and that of `besides`.
 
     Args:
         adapter: names → tensors on the CPU.
@@ -83,12 +95,15 @@ def save(
                 _ADAPTER: safetensors.torch.save({name: t.contiguous() for name, t in adapter.items()}),
                 _OPTIMIZER: safetensors.torch.save(tensors, metadata={_TREE: json.dumps(tree)}),
             }
+            if ema is not None:
+                contents[_EMA] = safetensors.torch.save({name: t.contiguous() for name, t in ema.items()})
             files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
             state = {
                 "format": FORMAT,
                 "step": step,
                 "identity": identity,
                 "versions": _versions(),
+                "rollbacks": [list(rollback) for rollback in rollbacks],
                 "files": files,
             }
             contents[_STATE] = (json.dumps(state, indent=1) + "\n").encode()
@@ -100,18 +115,31 @@ def save(
             raise
     if keep is not None:
         # Later steps are damaged ones that `latest` passed over: they must not push good ones out.
-        for _, path in [found for found in _directories(root) if found[0] <= step][keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+        for number, path in [found for found in _directories(root) if found[0] <= step][keep:]:
+            if number != besides:
+                shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def latest(run_dir: Path | str, warn: Callable[[str], None]) -> Checkpoint | None:
+def remove_after(run_dir: Path | str, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for number, path in _directories(Path(run_dir) / DIRECTORY):
+        if number > step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def latest(run_dir: Path | str, warn: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
     """The newest intact checkpoint, or None; `warn` is told of every damaged one that is passed over.
+
+    Args:
+        at_most: of this step or an earlier one.
 
     Raises:
         UserError: the newest intact one is of a later format than this version reads.
     """
     for step, path in _directories(Path(run_dir) / DIRECTORY):
+        if at_most is not None and step > at_most:
+            continue
         try:
             return _verified(step, path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -169,7 +197,7 @@ def _verified(step: int, path: Path) -> Checkpoint:
         )
     if state["step"] != step:
         raise ValueError(f"it says step {state['step']}")
-    if set(state["files"]) != {_ADAPTER, _OPTIMIZER}:
+    if set(state["files"]) not in ({_ADAPTER, _OPTIMIZER}, {_ADAPTER, _OPTIMIZER, _EMA}):
         raise ValueError("its list of files is wrong")
     for name, file in state["files"].items():
         data = (path / name).read_bytes()
@@ -177,7 +205,8 @@ def _verified(step: int, path: Path) -> Checkpoint:
             raise ValueError(f"{name} has {len(data)} bytes of {file['bytes']}")
         if _sha256(data) != file["sha256"]:
             raise ValueError(f"{name} has another checksum")
-    return Checkpoint(path, step, dict(state["identity"]), dict(state["versions"]))
+    rollbacks = [(int(bad), int(good)) for bad, good in state.get("rollbacks", [])]
+    return Checkpoint(path, step, dict(state["identity"]), dict(state["versions"]), rollbacks)
 
 
 def _replace_directory(staging: Path, final: Path) -> None:

@@ -104,7 +104,8 @@ def curves(metrics: Path | str, path: Path | str, *, title: str = "") -> Path:
 
     lines = read_metrics(metrics)
     steps = [line["step"] for line in lines]
-    columns = {name: [float(line.get(name, math.nan)) for line in lines] for name in lines[-1]}
+    names = {name for line in lines for name in line}
+    columns = {name: [float(line.get(name, math.nan)) for line in lines] for name in names}
     panels = _panels(set(columns))
     if not panels:
         raise UserError("its lines have no loss or learning rate to draw", metrics)
@@ -211,6 +212,8 @@ def _panels(known: set[str]) -> list[_Panel]:
                 _Series("ref_error_loser", None, "loser, reference", "#92400e"),
             ),
         ),
+        _Panel("Held-out accuracy", "share of pairs, fixed draws", (_Series("heldout_accuracy"),), 0.5, "chance"),
+        _Panel("Held-out margin", "nats, fixed draws", (_Series("heldout_margin"),), 0.0),
         _Panel("Learning rate", "of the optimizer", (_Series("learning_rate", colour=INK),), exact=True),
     ]
     return [p for p in panels if all(s.name in known and (s.minus is None or s.minus in known) for s in p.series)]
@@ -231,7 +234,10 @@ def _draw(axis: Axes, panel: _Panel, steps: list[int], columns: Mapping[str, Seq
         if series.minus is not None:
             values = [value - other for value, other in zip(values, columns[series.minus], strict=True)]
         smooth = values if panel.exact else _smoothed(values)
-        if len(values) == 1:
+        if series.name.startswith("heldout_"):  # measured now and then
+            known = [(step, value) for step, value in zip(steps, values, strict=True) if not math.isnan(value)]
+            axis.plot(*zip(*known, strict=True), "o-", color=series.colour, linewidth=1.6, markersize=3.5)
+        elif len(values) == 1:
             axis.plot(steps, values, "o", color=series.colour, label=series.label)
         elif smooth == values:
             axis.plot(steps, values, color=series.colour, linewidth=1.6, label=series.label)

@@ -133,7 +133,20 @@ def _optimizer(view: _View) -> Found:
         )
 
 
+def _ema(view: _View) -> Found:
+    if view["train.ema_decay"] is not None and view["train.optimizer"] == "schedule_free_adamw":
+        yield ("train", "ema_decay"), "schedule_free_adamw averages the weights itself: leave one of the two out"
+
+
+def _held_out(view: _View) -> Found:
+    every = view["evaluate.every_steps"]
+    if every is None and view["evaluate.checkpoint"] == "best":
+        yield ("evaluate", "checkpoint"), "the best step is known only with evaluate.every_steps"
+    if every is not None and not view["evaluate.implicit_pairs"]:
+        yield ("evaluate", "every_steps"), "there are no held-out pairs to measure: evaluate.implicit_pairs is 0"
+
+
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _splits, _columns, _scorer,
-    _data_exists, _prompts_exist, _model_exists, _tinyworld_family, _optimizer,
+    _data_exists, _prompts_exist, _model_exists, _tinyworld_family, _optimizer, _ema, _held_out,
 )  # fmt: skip

@@ -99,6 +99,13 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = Field(default=0, description="linear; a run shorter than it ends in it")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: no clipping")
+    ema_decay: Fraction | None = Field(
+        default=None,
+        description="average the adapter's weights, and evaluate and export the average; 0.99 for instance",
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=2.0, description="go back when the winners' error is this many times the reference's"
+    )
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
     gradient_checkpointing: bool = False
@@ -120,6 +127,11 @@ class Evaluate(Section):
     )
     seed: Count = Field(default=0, description="of the initial noise")
     implicit_pairs: Count = Field(default=256, description="held-out pairs for the implicit accuracy; 0: none")
+    every_steps: Positive | None = Field(default=None, description="measure it during training too, so often")
+    every_steps_pairs: Positive = Field(default=32, description="on so many of these pairs, always the same")
+    checkpoint: Literal["last", "best"] = Field(
+        default="last", description="best: export the step with the highest implicit accuracy on them"
+    )
 
 
 class Output(Section):

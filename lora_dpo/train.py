@@ -10,21 +10,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_dpo import atomic, checkpoint, optimizers
 from lora_dpo.adapters import Adapters
+from lora_dpo.ema import Ema
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
+from lora_dpo.metrics_file import MetricsFile
 from lora_dpo.progress import Progress
+from lora_dpo.watch import SPIKE_STEPS, Watch
 
-METRICS = "metrics.jsonl"
+METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -44,6 +47,8 @@ class TrainResult:
         seconds: spent in this call.
         peak_memory_gib: of the GPU's memory there, of the process's on a CPU.
         metrics: the last step's line of `metrics.jsonl`; empty if no step was made.
+        exported_step: the step whose weights the adapters have.
+        rollbacks: how many spikes it went back from.
     """
 
     steps: int
@@ -51,6 +56,8 @@ class TrainResult:
     seconds: float
     peak_memory_gib: float
     metrics: dict[str, float] = field(default_factory=dict)
+    exported_step: int = 0
+    rollbacks: int = 0
 
 
 def train(
@@ -69,12 +76,20 @@ def train(
     save_every_steps: int = 100,
     keep_checkpoints: int | None = 2,
     precision: Precision = "float32",
+    ema_decay: float | None = None,
+    spike_factor: float | None = None,
+    held_out: Callable[[], Mapping[str, float]] | None = None,
+    held_out_every_steps: int | None = None,
+    export: Literal["last", "best"] = "last",
 ) -> TrainResult:
     """Train the adapters to `steps` optimizer steps, from the newest intact checkpoint in `run_dir` if there is one.
 
     An uninterrupted run and one that was killed anywhere and resumed end with the same weights, bit for bit, on the
-    same machine, and with the same `metrics.jsonl` but for its times. At the end the adapters have the weights that are
-    to be used, which for a schedule-free optimizer are not those that it trains on and saves.
+    same machine, and with the same `metrics.jsonl` but for its times. At the end the adapters have the weights that
+    are to be used, which for an average or a schedule-free optimizer are not those that it trains on.
+
+    After a spike (see `watch.Watch`) training goes back to the newest checkpoint before it, passes over the pairs that
+    led there, and goes on at half the learning rate; the third spike ends the run.
 
     Args:
         optimizer: over `adapters.parameters()`, freshly built.
@@ -82,17 +97,35 @@ def train(
         identity: JSON values a resumed run must share with the one that wrote the checkpoint.
         micro_batch_pairs: pairs per pass; None: the whole step's at once. The gradient is the same up to rounding.
         max_grad_norm: the gradient is scaled down to this norm; 0: it is left alone.
-        keep_checkpoints: the last so many; None: all.
+        keep_checkpoints: the last so many, and the best one; None: all.
         precision: of the passes; "bfloat16" is torch's autocast. Losses and adapter weights are float32 always.
+        ema_decay: keep an average of the weights, and use it in the end; None: don't.
+        spike_factor: see `watch.Watch`.
+        held_out: numbers on held-out pairs, for the weights as they are now; it must leave them and every random
+            state as they were. `accuracy` and `margin` among them choose the best checkpoint.
+        held_out_every_steps: when it is called, beside the end.
+        export: the weights that the adapters have at the end: the last, or those of the best checkpoint.
 
     Raises:
         UserError: the checkpoint is of another run or beyond `steps`; the disk is full or can't be written.
-        LoraDpoError: a loss or gradient isn't finite; earlier checkpoints are kept.
+        LoraDpoError: a loss or gradient isn't finite, or spikes don't end; earlier checkpoints are kept.
         Interrupted: on Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
     run_dir, began = Path(run_dir), time.monotonic()
-    found = checkpoint.latest(run_dir, reporter.message)
+    ema = Ema(adapters.parameters(), ema_decay) if ema_decay is not None else None
     done = 0
+    rollbacks: list[tuple[int, int]] = []  # from which step, to which
+
+    def restore(found: checkpoint.Checkpoint) -> None:
+        adapters.load_state_dict(found.adapter())
+        optimizer.load_state_dict(found.optimizer())
+        if ema is not None:
+            ema.load_state_dict(found.ema())
+
+    def batches() -> Iterator[StepBatch]:
+        return method.batches(done + sum(bad - good for bad, good in rollbacks))
+
+    found = checkpoint.latest(run_dir, reporter.message)
     if found is not None:
         checkpoint.require_identity(found, identity)
         if found.step > steps:
@@ -101,14 +134,10 @@ def train(
                 where=found.path,
                 hint=f"ask for at least {found.step} steps, or give another --run-dir",
             )
-        adapters.load_state_dict(found.adapter())
-        optimizer.load_state_dict(found.optimizer())
-        done = found.step
+        restore(found)
+        done, rollbacks = found.step, found.rollbacks
         reporter.message(f"resumed at step {done} of {steps} from {found.path}")
-    result = TrainResult(steps, done, 0.0, peak_memory_gib(device))
-    if done == steps:
-        optimizers.use_evaluation_weights(optimizer)
-        return result
+    resumed_from = done
 
     def save() -> None:
         metrics.flush()
@@ -117,53 +146,133 @@ def train(
             done,
             adapter=adapters.state_dict(),
             optimizer=optimizer.state_dict(),
+            ema=ema.state_dict() if ema is not None else None,
+            rollbacks=rollbacks,
             identity=identity,
             keep=keep_checkpoints,
+            besides=best,
         )
 
     parameters = list(adapters.parameters().values())
     line: dict[str, float] = {}
-    reporter.start(steps - done, "train")
-    adapters.train()
+    with (
+        MetricsFile(run_dir / METRICS, done) as metrics,
+        _stop_requests() as stop_requested,
+        _job(reporter, steps - done),
+    ):
+        watch, best = Watch(spike_factor, metrics.lines()), best_step(metrics.lines())
+        coming = batches()
+        while done < steps:
+            batch = next(coming)
+            started = time.perf_counter()
+            rate = learning_rate(done) * 0.5 ** len(rollbacks)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            adapters.train()
+            sums = _accumulate(method, batch, micro_batch_pairs, device, precision, run_dir)
+            adapters.train(False)
+            grad_norm = _clipped(parameters, max_grad_norm, batch, run_dir)
+            optimizer.step()
+            done += 1
+            if ema is not None:
+                ema.update(done)
+            seconds = time.perf_counter() - started
+            line = {"step": done} | {name: float(total) / len(batch) for name, total in sums.items()}
+            line |= {
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "adapter_norm": adapters.norm(),
+                "pairs_per_second": len(batch) / seconds,
+                "seconds": seconds,
+                "peak_memory_gib": peak_memory_gib(device),
+            }
+            watch.see(line)
+            if (problem := watch.spike()) is not None:
+                good = _before_spike(run_dir, done, problem, rollbacks)
+                reporter.message(
+                    f"step {done}: {problem}; back to step {good.step}, past these pairs, at half the rate"
+                )
+                # Nothing is saved here: a run that is killed now makes the same steps, and finds the same spike.
+                restore(good)
+                rollbacks = [*rollbacks, (done, good.step)]
+                reporter.advance(good.step - (done - 1))
+                done = good.step
+                checkpoint.remove_after(run_dir, done)
+                metrics.cut(done)
+                watch, best = Watch(spike_factor, metrics.lines()), best_step(metrics.lines())
+                coming = batches()
+                continue
+            if held_out is not None and held_out_every_steps and done % held_out_every_steps == 0:
+                with _in_use(optimizer, ema):
+                    line |= {f"{HELD_OUT}{name}": value for name, value in held_out().items()}
+            metrics.write(line)
+            reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
+            if (drift := watch.drift()) is not None:
+                reporter.message(drift)
+            improved = f"{HELD_OUT}accuracy" in line and best_step(metrics.lines()) == done
+            best = done if improved else best
+            if improved or done == steps or done % save_every_steps == 0 or stop_requested():
+                save()
+            if stop_requested():
+                raise Interrupted(
+                    f"interrupted; step {done} of {steps} is saved in {run_dir}\n"
+                    "  → run the same command again to resume"
+                )
+    exported = done
+    if export == "best" and best is not None and best != done:
+        restore(checkpoint.at(run_dir, best))
+        reporter.message(f"the adapter is that of step {best}, the best on held-out pairs")
+        exported = best
+    optimizers.use_evaluation_weights(optimizer)
+    if ema is not None:
+        ema.put_in()
+    seconds, memory = time.monotonic() - began, peak_memory_gib(device)
+    return TrainResult(steps, resumed_from, seconds, memory, line, exported, len(rollbacks))
+
+
+HELD_OUT = "heldout_"
+
+
+def best_step(lines: list[dict[str, Any]]) -> int | None:
+    """The first step with the highest held-out accuracy, and among equals the highest margin; None without any."""
+    known = [line for line in lines if f"{HELD_OUT}accuracy" in line]
+    if not known:
+        return None
+    return max(known, key=lambda line: (line[f"{HELD_OUT}accuracy"], line[f"{HELD_OUT}margin"], -line["step"]))["step"]
+
+
+@contextmanager
+def _job(reporter: Progress, steps: int) -> Iterator[None]:
+    if steps > 0:
+        reporter.start(steps, "train")
     try:
-        with _MetricsFile(run_dir / METRICS, done) as metrics, _stop_requests() as stop_requested:
-            for batch in method.batches(done):
-                started = time.perf_counter()
-                rate = learning_rate(batch.step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad(set_to_none=True)
-                sums = _accumulate(method, batch, micro_batch_pairs, device, precision)
-                grad_norm = _clipped(parameters, max_grad_norm, batch)
-                optimizer.step()
-                done += 1
-                seconds = time.perf_counter() - started
-                line = {name: float(total) / len(batch) for name, total in sums.items()} | {
-                    "grad_norm": grad_norm,
-                    "learning_rate": rate,
-                    "adapter_norm": adapters.norm(),
-                    "pairs_per_second": len(batch) / seconds,
-                    "seconds": seconds,
-                    "peak_memory_gib": peak_memory_gib(device),
-                }
-                metrics.write({"step": done} | line)
-                reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
-                if done == steps or done % save_every_steps == 0 or stop_requested():
-                    save()
-                    if stop_requested():
-                        raise Interrupted(
-                            f"interrupted; step {done} of {steps} is saved in {run_dir}\n"
-                            "  → run the same command again to resume"
-                        )
-                if done == steps:
-                    break
-        optimizers.use_evaluation_weights(optimizer)
+        yield
     finally:
-        adapters.train(False)
         reporter.stop()
-    return TrainResult(steps, result.resumed_from, time.monotonic() - began, peak_memory_gib(device), line)
 
 
+@contextmanager
+def _in_use(optimizer: torch.optim.Optimizer, ema: Ema | None) -> Iterator[None]:
+    """Scope in which the adapters have the weights that would be exported now."""
+    with optimizers.evaluation_weights(optimizer), ema.used() if ema is not None else nullcontext():
+        yield
+
+
+def _before_spike(run_dir: Path, done: int, problem: str, rollbacks: list[tuple[int, int]]) -> checkpoint.Checkpoint:
+    """The newest checkpoint that the spike's steps are not behind, or the one that was gone back to last."""
+    at_most = max([done - SPIKE_STEPS, *(good for _, good in rollbacks[-1:])])
+    good = checkpoint.latest(run_dir, lambda _: None, at_most=at_most)
+    if good is not None and len(rollbacks) < MAX_ROLLBACKS:
+        return good
+    ended = "there is no checkpoint before it" if good is None else f"{MAX_ROLLBACKS} returns didn't help"
+    raise LoraDpoError(
+        f"step {done}: {problem}, and {ended}: training diverges; earlier checkpoints are kept\n"
+        "  → lower train.learning_rate, or raise method.beta; train.spike_factor is what was watched"
+    )
+
+
+MAX_ROLLBACKS = 2
 _SHOWN = ("loss", "margin", "implicit_accuracy", "learning_rate", "peak_memory_gib")
 
 
@@ -182,7 +291,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _accumulate(
-    method: Method, batch: StepBatch, micro_batch_pairs: int | None, device: torch.device, precision: Precision
+    method: Method,
+    batch: StepBatch,
+    micro_batch_pairs: int | None,
+    device: torch.device,
+    precision: Precision,
+    run_dir: Path,
 ) -> dict[str, Tensor]:
     """Backward of every part; returns the logged sums over the step's pairs."""
     sums: dict[str, Tensor] = {}
@@ -197,69 +311,33 @@ def _accumulate(
             sums[name] = sums[name] + value if name in sums else value
     finite = torch.isfinite(torch.cat(losses)).tolist()  # the step's first wait for a GPU
     if not all(finite):
-        raise LoraDpoError(
-            _not_finite("loss", batch, [k for k, fine in zip(batch.keys, finite, strict=True) if not fine])
-        )
+        raise _not_finite("loss", batch, [n for n, fine in enumerate(finite) if not fine], run_dir)
     return sums
 
 
-def _clipped(parameters: list[torch.nn.Parameter], max_grad_norm: float, batch: StepBatch) -> float:
+def _clipped(parameters: list[torch.nn.Parameter], max_grad_norm: float, batch: StepBatch, run_dir: Path) -> float:
     """The gradient's norm before clipping."""
     limit = max_grad_norm if max_grad_norm > 0 else math.inf
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
     if not math.isfinite(norm):
-        raise LoraDpoError(_not_finite("gradient", batch, batch.keys))
+        raise _not_finite("gradient", batch, list(range(len(batch))), run_dir)
     return norm
 
 
-def _not_finite(what: str, batch: StepBatch, keys: list[str]) -> str:
+def _not_finite(what: str, batch: StepBatch, places: list[int], run_dir: Path) -> LoraDpoError:
+    """The error, with the pairs at these places of the batch and their draws written beside the run."""
+    described = batch.describe()
+    file = run_dir / NOT_FINITE
+    document = {"what": what, "step": batch.step + 1, "pairs": [described[place] for place in places]}
+    with atomic.clear_os_errors(file):
+        atomic.replace(file, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    keys = [batch.keys[place] for place in places]
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-    return (
-        f"the {what} of step {batch.step + 1} isn't finite (pairs {named}); earlier checkpoints are kept\n"
+    return LoraDpoError(
+        f"the {what} of step {batch.step + 1} isn't finite (pairs {named}; {file} has their prompts and draws); "
+        "earlier checkpoints are kept\n"
         "  → lower learning_rate or beta, or look at these pairs; in bfloat16, try precision float32"
     )
-
-
-class _MetricsFile:
-    """`metrics.jsonl` in append mode, cut on opening to the lines up to `step`."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._path, self._step = path, step
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> _MetricsFile:
-        with atomic.clear_os_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                old = self._path.read_bytes()
-                kept = b"".join(_lines_up_to(old, self._step))
-                if kept != old:
-                    atomic.replace(self._path, kept)
-            self._file = self._path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, line: Mapping[str, float | int]) -> None:
-        with atomic.clear_os_errors(self._path):
-            print(json.dumps(line), file=self._file, flush=True)
-
-    def flush(self) -> None:
-        """On the disk before the checkpoint is: a resumed run finds every line up to its step."""
-        if self._file is not None:
-            with atomic.clear_os_errors(self._path):
-                atomic.sync(self._file)
-
-
-def _lines_up_to(data: bytes, step: int) -> Iterator[bytes]:
-    for line in data.splitlines(keepends=True):
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                yield line
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by the kill
 
 
 @contextmanager

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The lines of docs/architecture.md, lowest first. A folder stands for all of its files, unless one is named apart.
 LAYERS: list[set[str]] = [
     {"", "errors"},  # "" is lora_dpo/__init__.py
-    {"atomic", "randomness", "progress", "recipe_toml"},
-    {"methods.losses", "recipe_errors", "summary"},
+    {"atomic", "ema", "randomness", "progress", "recipe_toml", "watch"},
+    {"methods.losses", "metrics_file", "recipe_errors", "summary"},
     {"recipe_checks", "recipe_sections"},
     {"recipe", "tinyworld"},
     {"data", "families", "scorers", "adapters"},

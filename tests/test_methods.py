@@ -119,7 +119,7 @@ def test_visits_per_pair_bounds_the_draws(pairs, family):
 def test_timesteps_are_uniform_over_the_range(pairs, family):
     def timesteps(**options) -> np.ndarray:
         drawn = stream(pairs, family, **options)
-        return np.array([drawn._timestep(key, visit) for key in pairs.keys for visit in range(200)])
+        return np.array([drawn.timestep(key, visit) for key in pairs.keys for visit in range(200)])
 
     everything = timesteps()
     counts, _ = np.histogram(everything, bins=10, range=(0, 1000))

@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pairs(tmp_path):
     before.train(3)
     with pytest.raises(LoraDpoError, match=r"the loss of step 4 isn't finite (?s:.*)learning_rate") as error:
         run.train(method=watch(run, 3, poison))
-    assert f"(pairs {poisoned[0]})" in str(error.value)
+    assert f"(pairs {poisoned[0]}; " in str(error.value)
     assert not isinstance(error.value, UserError)
     assert_same(run.adapters.state_dict(), before.adapters.state_dict())  # the bad step changed nothing
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -434,3 +434,167 @@ def test_dropout_is_off_again_after_training(tmp_path):
     run = Run(tmp_path, dropout=0.5)
     run.train(1)
     assert not any(layer.lora_dropout.training for layer in run.adapters.layers.values())
+
+
+OPTIONS = {
+    "ema": {"ema_decay": 0.8},
+    "held out": {"held_out_every_steps": 3},
+    "spike": {"spike_factor": 1.5},
+}
+
+
+class Measured:
+    """Held-out numbers that depend on the weights, and would spoil the run if they left a trace in it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self.seen = run, []
+
+    def __call__(self) -> dict[str, float]:
+        torch.rand(3)
+        norm = self._run.adapters.norm()
+        self.seen.append(norm)
+        return {"accuracy": round(norm) / 100, "margin": norm}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+def test_measuring_leaves_no_trace(tmp_path, optimizer):
+    plain, measured = (Run(tmp_path / name, optimizer=optimizer, dropout=0.1) for name in ("plain", "measured"))
+    plain.train()
+    measured.train(held_out=(probe := Measured(measured)), held_out_every_steps=1)
+    assert len(probe.seen) == 6
+    assert_same(measured.adapters.state_dict(), plain.adapters.state_dict())
+    assert [line["heldout_margin"] for line in lines(tmp_path / "measured")] == probe.seen
+    kept = [{k: v for k, v in line.items() if "heldout" not in k} for line in timeless(tmp_path / "measured")]
+    assert kept == timeless(tmp_path / "plain")
+
+
+def test_the_average_is_what_is_measured_and_left(tmp_path):
+    run = Run(tmp_path)
+    seen = []
+    run.train(held_out=lambda: seen.append(run.adapters.state_dict()) or {"accuracy": 0.5, "margin": 0.0},
+              held_out_every_steps=1, ema_decay=0.5, keep_checkpoints=None, save_every_steps=1)  # fmt: skip
+    mean = {
+        name: torch.zeros_like(t) if ".lora_B." in name else t
+        for name, t in Run(tmp_path / "x").adapters.state_dict().items()
+    }
+    for step in range(1, 7):
+        weights = checkpoint.at(tmp_path, step).adapter()
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = {name: decay * mean[name] + (1 - decay) * weights[name] for name in mean}
+        for name, value in mean.items():
+            torch.testing.assert_close(seen[step - 1][name], value)
+    assert_same(run.adapters.state_dict(), seen[-1])
+    assert_same(dict(sorted(seen[-1].items())), checkpoint.at(tmp_path, 6).ema())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_killed_at_any_step_with_every_option(tmp_path, options):
+    def run(directory: Path) -> tuple[Run, dict]:
+        made = Run(directory, dropout=0.1)
+        return made, options | ({"held_out": Measured(made)} if "held_out_every_steps" in options else {})
+
+    whole, settings = run(tmp_path / "whole")
+    whole.train(**settings)
+    for step in range(STEPS):
+        victim, settings = run(tmp_path / str(step))
+        with pytest.raises(Killed):
+            victim.train(method=watch(victim, step, die), **settings)
+        resumed, settings = run(tmp_path / str(step))
+        resumed.train(**settings)
+        assert_same(resumed.adapters.state_dict(), whole.adapters.state_dict())
+        assert timeless(tmp_path / str(step)) == timeless(tmp_path / "whole")
+
+
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path):
+    run, accuracies = Run(tmp_path), iter([0.5, 0.7, 0.9, 0.9, 0.8, 0.6])
+    measure = lambda: {"accuracy": next(accuracies), "margin": 0.0}  # noqa: E731
+    result = run.train(
+        held_out=measure, held_out_every_steps=1, save_every_steps=100, keep_checkpoints=1, export="best"
+    )
+    assert (result.steps, result.exported_step) == (6, 3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000006"]
+    assert_same(dict(sorted(run.adapters.state_dict().items())), checkpoint.at(tmp_path, 3).adapter())
+    # A finished run can still be asked for either.
+    for export, step in (("last", 6), ("best", 3)):
+        again = Run(tmp_path)
+        assert again.train(export=export).exported_step == step
+        assert_same(dict(sorted(again.adapters.state_dict().items())), checkpoint.at(tmp_path, step).adapter())
+
+
+class Spiking(Method):
+    """Makes the policy's errors large in the batches `bad`, as a collapsing model would."""
+
+    def __init__(self, method: Method, bad: range) -> None:
+        self._method, self._bad, self._now = method, bad, -1
+
+    def batches(self, start_step):
+        for batch in self._method.batches(start_step):
+            self._now = batch.step
+            yield batch
+
+    def loss(self, part) -> LossParts:
+        found = self._method.loss(part)
+        factor = 3.0 if self._now in self._bad else 1.0
+        return LossParts(
+            found.loss, found.per_pair, found.sums | {"error_winner": found.sums["ref_error_winner"] * factor}
+        )
+
+
+def test_a_spike_is_gone_back_from_and_its_pairs_passed_over(tmp_path):
+    options = {"spike_factor": 2.0, "learning_rate": lambda step: 1e-3, "save_every_steps": 4}
+    run = Run(tmp_path / "run")
+    result = run.train(24, method=Spiking(run.method, range(10, 15)), **options)
+    assert result.rollbacks == 1
+    [said] = [m for m in run.reporter.messages if "times the reference" in m]
+    assert said.startswith(
+        "step 13: the policy's error on the preferred images is 2.2 times the reference's; back to step 8"
+    )
+    written = lines(tmp_path / "run")
+    assert [line["step"] for line in written] == list(range(1, 25))
+    assert [line["learning_rate"] for line in written] == [1e-3] * 8 + [5e-4] * 16
+    assert run.reporter.advanced == run.reporter.total == 24
+    # Step 9 has the pairs of batch 13, the first one behind the spike. That one is still bad, alone.
+    assert checkpoint.at(tmp_path / "run", 24).rollbacks == [(13, 8)]
+    # Killed anywhere, it ends the same.
+    for step in (9, 12, 14, 20):
+        directory = tmp_path / str(step)
+        victim = Run(directory)
+        with pytest.raises(Killed):
+            victim.train(24, method=Watched(Spiking(victim.method, range(10, 15)), step, die), **options)
+        resumed = Run(directory)
+        resumed.train(24, method=Spiking(resumed.method, range(10, 15)), **options)
+        assert_same(resumed.adapters.state_dict(), run.adapters.state_dict())
+        assert timeless(directory) == timeless(tmp_path / "run")
+
+
+def test_spikes_without_end_stop_the_run(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(LoraDpoError, match=r"training diverges.*\n.*learning_rate"):
+        run.train(60, method=Spiking(run.method, range(20, 200)), spike_factor=2.0, save_every_steps=4)
+    assert sum("back to step" in message for message in run.reporter.messages) == 2
+    assert checkpoint.latest(tmp_path, pytest.fail) is not None
+
+
+def test_a_spike_before_any_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(LoraDpoError, match="no checkpoint before it"):
+        run.train(20, method=Spiking(run.method, range(0, 20)), spike_factor=2.0, save_every_steps=100)
+
+
+def test_what_was_not_finite_is_written_down(tmp_path):
+    run = Run(tmp_path)
+
+    def poison(part):
+        found = run.method.loss(part)
+        return LossParts(found.loss * math.nan, found.per_pair * math.nan, found.sums)
+
+    with pytest.raises(LoraDpoError, match=r"not_finite\.json"):
+        run.train(method=watch(run, 4, poison))
+    held = json.loads((tmp_path / "not_finite.json").read_text())
+    assert (held["what"], held["step"], len(held["pairs"])) == ("loss", 5, 4)
+    batch = next(iter(run.method.batches(4)))
+    assert [pair["key"] for pair in held["pairs"]] == batch.keys
+    assert [pair["timestep"] for pair in held["pairs"]] == [int(t) for part in batch.parts() for t in part.t]
+    assert held["pairs"][0]["origin"].startswith("toy:")
+    assert checkpoint.latest(tmp_path, pytest.fail).step == 4  # pyright: ignore

@@ -83,6 +83,21 @@ class StepBatch:
     def keys(self) -> list[str]:
         return [self.stream.pairs.keys[index] for index in self.indices]
 
+    def describe(self) -> list[dict[str, str | int]]:
+        """Per pair, all that its draws follow from, for a person to look at."""
+        stream, pairs = self.stream, self.stream.pairs
+        return [
+            {
+                "key": pairs.keys[index],
+                "origin": pairs.origins[index],
+                "prompt": pairs.prompts[pairs.prompt_index(index)],
+                "seed": stream.seed,
+                "visit": visit,
+                "timestep": stream.timestep(pairs.keys[index], visit),
+            }
+            for index, visit in zip(self.indices, self.visits, strict=True)
+        ]
+
     def parts(self, micro_batch_pairs: int | None = None) -> Iterator[Part]:
         """In order, `micro_batch_pairs` at a time (None: all at once); the last may be smaller."""
         size = micro_batch_pairs or len(self)
@@ -162,7 +177,7 @@ class PairStream:
             x_0_winner=self._latents([pair.winner for pair in pairs], self._normal(POSTERIOR_WINNER, places, like)),
             x_0_loser=self._latents([pair.loser for pair in pairs], self._normal(POSTERIOR_LOSER, places, like)),
             noise=self._normal(NOISE, places, like),
-            t=torch.tensor([self._timestep(*place) for place in places], device=device),
+            t=torch.tensor([self.timestep(*place) for place in places], device=device),
             conditioning_winner=self.family.with_geometry(
                 conditioning, torch.cat([pair.winner_geometry for pair in pairs]).to(device)
             ),
@@ -179,7 +194,8 @@ class PairStream:
         generator = torch_generator(self.seed, purpose, key, visit)
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
-    def _timestep(self, key: str, visit: int) -> int:
+    def timestep(self, key: str, visit: int) -> int:
+        """t of a pair's visit."""
         low, high = self.timestep_range
         return int(torch.randint(low, high, (), generator=torch_generator(self.seed, TIMESTEP, key, visit)))
 

@@ -55,6 +55,8 @@ class ToyPairs(CachedPairs):
         generator = torch.Generator().manual_seed(1)
         self._made = torch.randn(n, 2, 1, *SHAPE, generator=generator)
         self.keys = [f"pair-{index}" for index in range(n)]
+        self.origins = [f"toy:{index}" for index in range(n)]
+        self.prompts = [f"prompt {index}" for index in range(n)]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -62,6 +64,9 @@ class ToyPairs(CachedPairs):
     def pair(self, index):
         winner, loser = (Moments(mean, torch.full_like(mean, 0.1)) for mean in self._made[index])
         return CachedPair(winner, loser, uncropped(96, 96), uncropped(96, 96), index)
+
+    def prompt_index(self, index):
+        return index
 
     def conditioning(self, prompt_indices):
         return {"prompt": torch.tensor([0.01 * index for index in prompt_indices])}

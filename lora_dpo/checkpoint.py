@@ -46,8 +46,9 @@ class Checkpoint:
     versions: dict[str, str]
     rollbacks: list[tuple[int, int]] = field(default_factory=list)
 
-    def ema(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.path / _EMA)
+    def ema(self) -> dict[str, Tensor] | None:
+        """The average of the weights; None if the run keeps none."""
+        return safetensors.torch.load_file(self.path / _EMA) if (self.path / _EMA).exists() else None
 
     def adapter(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.path / _ADAPTER)

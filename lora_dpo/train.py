@@ -119,8 +119,8 @@ def train(
     def restore(found: checkpoint.Checkpoint) -> None:
         adapters.load_state_dict(found.adapter())
         optimizer.load_state_dict(found.optimizer())
-        if ema is not None:
-            ema.load_state_dict(found.ema())
+        if ema is not None and (mean := found.ema()) is not None:
+            ema.load_state_dict(mean)
 
     def batches() -> Iterator[StepBatch]:
         return method.batches(done + sum(bad - good for bad, good in rollbacks))

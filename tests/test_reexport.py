@@ -92,6 +92,25 @@ def test_a_checkpoint(run, tmp_path):
     assert any(not torch.equal(early[name], final[name]) for name in final)
 
 
+def test_a_checkpoint_of_a_run_with_an_average_is_the_average(run, tmp_path):
+    recipe_file = run.parent / "small.toml"
+    options = ["evaluate.prompts=0", "evaluate.implicit_pairs=0", "train.ema_decay=0.5"]
+    build.run(recipe.load(str(recipe_file), options), tmp_path / "ema", quiet=True)
+    assert command("export", tmp_path / "ema", "--step", "4", "--out", tmp_path / "four") == 0
+    four, final = (load_file(path / export.FILE) for path in (tmp_path / "four", tmp_path / "ema" / "adapter"))
+    assert all(torch.allclose(four[name], final[name], rtol=1e-6, atol=0) for name in final)
+    last = load_file(run / "adapter" / export.FILE)  # the same run without an average
+    assert any(not torch.allclose(last[name], final[name], rtol=1e-3) for name in final if ".lora_B." in name)
+
+
+def test_a_checkpoint_of_a_schedule_free_run_is_refused(run, tmp_path, capsys):
+    options = ["evaluate.prompts=0", "evaluate.implicit_pairs=0", "train.optimizer=schedule_free_adamw"]
+    build.run(recipe.load(str(run.parent / "small.toml"), options), tmp_path / "free", quiet=True)
+    assert command("export", tmp_path / "free", "--step", "2", "--out", tmp_path / "out") == 2
+    assert "not the average" in capsys.readouterr().err
+    assert command("export", tmp_path / "free", "--out", tmp_path / "out") == 0
+
+
 def test_the_mean_of_two(run, tmp_path):
     assert command("export", run, "--step", "2", "--out", tmp_path / "early") == 0
     weights = ["--weight", "0.25", "--weight", "0.75"]
@@ -166,3 +185,19 @@ def test_adapters_of_two_bases():
 
     with pytest.raises(UserError, match="different base models"):
         reexport.base_of([source("a"), source("b")], None, None, None)
+
+
+def test_the_documents_commands(run, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8")
+    commands = [line.split() for line in text.splitlines() if line.startswith("lora-dpo export ")]
+    assert len(commands) >= 6
+    monkeypatch.chdir(tmp_path)
+    for name in ("sdxl", "other"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    for words in commands:
+        # The small run has 4 steps of rank 4.
+        words = [{"1500": "2", "8": "2", "16": "3", "float16": "float32"}.get(word, word) for word in words[1:]]
+        assert command(*words) == 0, words
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {
+        words[words.index("--out") + 1].removeprefix("exports/") for words in commands
+    }

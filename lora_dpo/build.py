@@ -24,7 +24,9 @@ from lora_dpo.methods.losses import sum_form_beta
 from lora_dpo.progress import Progress, make_progress
 from lora_dpo.recipe import Recipe
 from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, KOHYA, METRICS, RECIPE, RESULT, SAMPLES
+from lora_dpo.trackers import require as require_trackers
 from lora_dpo.train import TrainResult, peak_memory_gib, train
+from lora_dpo.watch import Line
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
         hub.require_access(push_to_hub)
     device = parts.device(recipe.train.device)
     optimizers.require(recipe.train.optimizer, device)
+    require_trackers(recipe.output.trackers)
     held = run_dirs.claim(
         run_dir, recipes.dump(recipe), lambda file: recipes.differences(recipes.load(str(file)), recipe)
     )
@@ -63,7 +66,8 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
         outcome = Outcome(run_dir, held, already=True)
     else:
         try:
-            outcome = Outcome(run_dir, _execute(recipe, run_dir, device, progress))
+            with parts.trackers(recipe, run_dir, progress.message) as trackers:
+                outcome = Outcome(run_dir, _execute(recipe, run_dir, device, progress, trackers.log))
         finally:
             progress.stop()
     if push_to_hub is not None:
@@ -78,7 +82,9 @@ def _pushed(result: dict[str, Any]) -> list[str]:
     return [file for file in files if file is not None]
 
 
-def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _execute(
+    recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress, track: Callable[[Line], None]
+) -> dict[str, Any]:
     began = time.monotonic()
     family = parts.family(recipe, device)
     directory = parts.cache_dir(recipe)
@@ -100,7 +106,7 @@ def _execute(recipe: Recipe, run_dir: Path, device: torch.device, progress: Prog
         dropout=recipe.adapter.dropout,
         seed=recipe.train.seed,
     )
-    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress)
+    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, track)
     metadata = parts.metadata(recipe, family)
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
@@ -205,6 +211,7 @@ def _train(
     kept_out: cache.CachedPairs | None,
     device: torch.device,
     progress: Progress,
+    track: Callable[[Line], None],
 ) -> TrainResult:
     chosen = recipe.train
 
@@ -247,6 +254,7 @@ def _train(
         held_out=measure if recipe.evaluate.every_steps is not None else None,
         held_out_every_steps=recipe.evaluate.every_steps,
         export=recipe.evaluate.checkpoint,
+        track=track,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_sections import Base, Dpo, Sft
 from lora_dpo.scorers import Scorer
+from lora_dpo.trackers import Trackers
 
 
 def identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[str, Any]:
@@ -135,6 +137,17 @@ def cache_dir(recipe: Recipe) -> Path:
     if chosen := os.environ.get("LORA_DPO_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
+
+
+def trackers(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) -> Trackers:
+    return Trackers(
+        recipe.output.trackers,
+        run_dir=run_dir,
+        project=recipe.output.tracker_project,
+        name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+        tell=tell,
+    )
 
 
 def metadata(recipe: Recipe, family: Family) -> dict[str, str]:

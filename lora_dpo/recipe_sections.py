@@ -140,6 +140,10 @@ class Output(Section):
     run_dir: Text | None = Field(default=None, description="default: runs/<name>")
     cache_dir: Text | None = Field(default=None, description="encoded pairs; default: <user cache>/lora-dpo")
     hub_repo: Text | None = Field(default=None, description="push the adapter here when done")
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default=[], description="send the metrics there too"
+    )
+    tracker_project: Text = Field(default="lora-dpo", description="what the trackers call the project or experiment")
 
 
 class Recipe(Section):

@@ -25,7 +25,7 @@ from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
 from lora_dpo.metrics_file import MetricsFile
 from lora_dpo.progress import Progress
-from lora_dpo.watch import SPIKE_STEPS, Watch
+from lora_dpo.watch import SPIKE_STEPS, Line, Watch
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
 Precision = Literal["float32", "bfloat16"]
@@ -81,6 +81,7 @@ def train(
     held_out: Callable[[], Mapping[str, float]] | None = None,
     held_out_every_steps: int | None = None,
     export: Literal["last", "best"] = "last",
+    track: Callable[[Line], None] = lambda _: None,
 ) -> TrainResult:
     """Train the adapters to `steps` optimizer steps, from the newest intact checkpoint in `run_dir` if there is one.
 
@@ -105,6 +106,7 @@ def train(
             state as they were. `accuracy` and `margin` among them choose the best checkpoint.
         held_out_every_steps: when it is called, beside the end.
         export: the weights that the adapters have at the end: the last, or those of the best checkpoint.
+        track: gets every line of `metrics.jsonl` too; after a resume or a rollback steps come again.
 
     Raises:
         UserError: the checkpoint is of another run or beyond `steps`; the disk is full or can't be written.
@@ -207,6 +209,7 @@ def train(
                 with _in_use(optimizer, ema):
                     line |= {f"{HELD_OUT}{name}": value for name, value in held_out().items()}
             metrics.write(line)
+            track(line)
             reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
             if (drift := watch.drift()) is not None:
                 reporter.message(drift)

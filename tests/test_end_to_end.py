@@ -58,6 +58,7 @@ steps = 2
 guidance = 3
 implicit_pairs = 4
 [output]
+trackers = ["tensorboard"]
 cache_dir = "{cache}"
 """
 
@@ -83,6 +84,7 @@ def test_the_run_directory_holds_what_it_promises(finished: build.Outcome, world
     assert all((run / name).is_file() for name in names)
     assert len(list((run / "samples").glob("*.png"))) == 2 * 4
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len(list((run / "tensorboard").iterdir())) == 1
     assert json.loads((run / "result.json").read_text()) == finished.result
     assert recipe.load(str(run / "recipe.toml")) == recipe.load(str(world / "small.toml"))
     assert (run / finished.result["adapter"]).is_file()
@@ -231,7 +233,8 @@ def test_a_folder_with_other_things_is_refused(world: Path, tmp_path: Path) -> N
 
 def test_sft_with_its_own_prompts_and_a_jsonl_free_of_scores(world: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "prompts.txt").write_text("a star\n\na star\na ring\n")
-    arguments = ["method.kind=sft", "train.steps=1", f"evaluate.prompts_file={tmp_path / 'prompts.txt'}"]
+    arguments = ["method.kind=sft", "train.steps=2", f"evaluate.prompts_file={tmp_path / 'prompts.txt'}"]
+    arguments += ["evaluate.every_steps=2", "evaluate.every_steps_pairs=3"]
     with pytest.raises(SystemExit) as caught:
         cli.main(
             ["train", str(world / "small.toml"), *arguments, "--run-dir", str(tmp_path / "run"), "--json", "--quiet"]
@@ -241,6 +244,9 @@ def test_sft_with_its_own_prompts_and_a_jsonl_free_of_scores(world: Path, tmp_pa
     assert document["samples"] == 4
     assert document["win_rate"] is None
     assert document["run_dir"] == str(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["heldout_accuracy" in line for line in lines] == [False, True]
+    assert 0 <= lines[1]["heldout_accuracy"] <= 1
 
 
 def test_pushing_without_a_token_fails_before_any_work(world: Path, tmp_path: Path, monkeypatch) -> None:

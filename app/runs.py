@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-from lora_dpo import tinyworld
+from lora_dpo import parts, tinyworld
 from lora_dpo.errors import UserError
+from lora_dpo.recipe_sections import Base
 from lora_dpo.sampling import base_and_adapted, sample, to_pil
 
 BASE_ONLY = "tiny world, base only"
@@ -56,7 +57,7 @@ class Studio:
         result = result_of(run)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            pipeline = DiffusionPipeline.from_pretrained(result["base"], dtype=torch.float32).to(device)
+            pipeline = _base_of(run, device)
             if run != BASE_ONLY:
                 file = Path(run) / result["adapter"]
                 pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=ADAPTER)
@@ -80,3 +81,12 @@ class Studio:
         self.pipeline.set_adapters([ADAPTER], adapter_weights=[strength])
         base, adapted = base_and_adapted(self.pipeline, [prompt], [seed], **options)
         return to_pil(base[0]), to_pil(adapted[0])
+
+
+def _base_of(run: str, device: str) -> Any:
+    """The run's base model as its recipe names it (revision, VAE and prediction type too), in float32."""
+    values: dict[str, Any] = {"family": "sdxl", "model": "tinyworld"}
+    if run != BASE_ONLY:
+        values = tomllib.loads((Path(run) / "recipe.toml").read_text("utf-8"))["base"]
+    family = parts.open_base(Base.model_validate({**values, "dtype": "float32"}), torch.device(device))
+    return family.pipeline()

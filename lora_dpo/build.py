@@ -129,6 +129,7 @@ def _execute(
         "adapter": file.relative_to(run_dir).as_posix(),
         "adapter_kohya": kohya_file.relative_to(run_dir).as_posix() if kohya_file else None,
         "base": str(parts.base(recipe)),
+        "base_options": parts.base_options(recipe),
         "pipeline": type(family.pipeline()).__name__,
         "example_prompt": (prompts or pairs.prompts)[0],
         "sampling": {**recipe.evaluate.model_dump(include={"steps", "guidance"}), "resolution": recipe.data.resolution},

@@ -19,6 +19,7 @@ from lora_dpo.families import Family
 from lora_dpo.methods import Method
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
+from lora_dpo.recipe_checks import SINGLE_FILE
 from lora_dpo.recipe_sections import Base, Dpo, Sft
 from lora_dpo.scorers import Scorer
 from lora_dpo.trackers import Trackers
@@ -35,6 +36,7 @@ def identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[s
         "pairs": pairs.fingerprint,
         "denoiser": family.fingerprint()["unet"],
         "dtype": recipe.base.dtype,
+        "prediction_type": family.schedule.prediction_type,
     }
 
 
@@ -56,19 +58,26 @@ def family(recipe: Recipe, device: torch.device) -> Family:
 
 def open_base(chosen: Base, device: torch.device) -> Family:
     folder = tinyworld.base_path() if chosen.model == recipes.TINYWORLD else chosen.model
+    options = chosen.model_dump(include={"revision", "vae", "config", "prediction_type", "dtype"})
     match chosen.family:
         case "sdxl":
             from lora_dpo.families.sdxl import SDXL
 
-            return SDXL(folder, revision=chosen.revision, vae=chosen.vae, dtype=chosen.dtype, device=device)
+            return SDXL(folder, device=device, **options)
         case "stable_diffusion":
             from lora_dpo.families.stable_diffusion import StableDiffusion
 
-            return StableDiffusion(folder, revision=chosen.revision, vae=chosen.vae, dtype=chosen.dtype, device=device)
+            return StableDiffusion(folder, device=device, **options)
 
 
 def base(recipe: Recipe) -> Path | str:
     return tinyworld.base_path() if recipe.base.model == recipes.TINYWORLD else recipe.base.model
+
+
+def base_options(recipe: Recipe) -> dict[str, Any]:
+    """What else whoever loads the base model has to know, as far as the recipe says it."""
+    chosen = recipe.base.model_dump(include={"revision", "prediction_type"}, exclude_none=True)
+    return chosen | ({"single_file": True} if recipe.base.model.endswith(SINGLE_FILE) else {})
 
 
 def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:

@@ -14,6 +14,7 @@ from lora_dpo.recipe_errors import shown
 from lora_dpo.recipe_toml import Key
 
 TINYWORLD = "tinyworld"
+SINGLE_FILE = ".safetensors"
 Found = Iterator[tuple[Key, str]]
 
 
@@ -34,7 +35,7 @@ def contradictions(values: dict[str, Any], wrong: set[Key], default: Callable[[s
 
 
 def may_be_hub_id(value: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value) is not None and not value.endswith(SINGLE_FILE)
 
 
 class _Unusable(Exception):
@@ -106,12 +107,20 @@ def _prompts_exist(view: _View) -> Found:
 
 
 def _model_exists(view: _View) -> Found:
-    for name in ("model", "vae"):
+    for name in ("model", "vae", "config"):
         value = view[f"base.{name}"]
         if value is None or (name == "model" and value == TINYWORLD) or may_be_hub_id(value):
             continue
-        if not Path(value).is_dir():
+        if name == "model" and value.endswith(SINGLE_FILE) and not Path(value).is_dir():
+            if not Path(value).is_file():
+                yield ("base", name), f"{value} doesn't exist"
+        elif not Path(value).is_dir():
             yield ("base", name), f"{value} is neither a folder nor a hub id (owner/name)"
+
+
+def _config_of_a_single_file(view: _View) -> Found:
+    if view["base.config"] is not None and not view["base.model"].endswith(SINGLE_FILE):
+        yield ("base", "config"), f"only a single-file checkpoint ({SINGLE_FILE}) takes one: a folder has its own"
 
 
 def _tinyworld_family(view: _View) -> Found:
@@ -148,5 +157,6 @@ def _held_out(view: _View) -> Found:
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _splits, _columns, _scorer,
-    _data_exists, _prompts_exist, _model_exists, _tinyworld_family, _optimizer, _ema, _held_out,
+    _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _ema,
+    _held_out,
 )  # fmt: skip

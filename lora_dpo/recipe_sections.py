@@ -40,9 +40,15 @@ class Base(Section):
     """The model to be aligned; it is also the reference."""
 
     family: Literal["sdxl", "stable_diffusion"]
-    model: Text = Field(description='"tinyworld", a diffusers folder, or a hub id')
+    model: Text = Field(description='"tinyworld", a diffusers folder, a hub id, or a .safetensors checkpoint')
     revision: Text | None = Field(default=None, description="hub revision: a branch, tag or commit")
     vae: Text | None = Field(default=None, description="another VAE: folder or hub id")
+    config: Text | None = Field(
+        default=None, description="for a single file: a diffusers folder or hub id with its settings and tokenizers"
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        default=None, description="what the model predicts, where its files don't say so; it overrides them"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the frozen weights")
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lora_dpo import atomic, checkpoint, export, kohya, parts, updates
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, uncropped
-from lora_dpo.families.folder import quiet
+from lora_dpo.families.files import quiet
 from lora_dpo.families.unet import DTYPES
 from lora_dpo.randomness import torch_generator
 from lora_dpo.recipe_sections import Base

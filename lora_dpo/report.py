@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.data import SourceReport
+from lora_dpo.summary import load_lines
 
 TINYWORLD = "tinyworld"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -96,13 +97,14 @@ def _snippet(result: Mapping[str, Any], base_model: str, repo: str | None, sampl
         for ours, theirs in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"))
         if ours in sampling
     )
+    loading = "".join(f"{line}\n" for line in load_lines(pipeline, base, result.get("base_options", {})))
     notes = [] if repo is not None else ["`adapter` is the folder beside this file."]
     if second := result.get("adapter_kohya"):
         notes.append(f"For ComfyUI, A1111 and Forge, put `{second}` into their LoRA folder: the same adapter.")
     note = "".join(f"\n\n{line}" for line in notes)
     return (
         f"```python\nfrom diffusers import {pipeline}\n{extra}\n"
-        f"pipe = {pipeline}.from_pretrained({base})\n"
+        f"{loading}"
         f'pipe.load_lora_weights({place}, weight_name="{WEIGHTS}")\n'
         f"image = pipe({json.dumps(result['example_prompt'], ensure_ascii=False)}{options}).images[0]\n```{note}"
     )

@@ -12,6 +12,17 @@ def summary(result: Mapping[str, Any], run_dir: Path, *, already: bool = False, 
     return "\n".join(_lines(result, run_dir, already, pushed))
 
 
+def load_lines(pipeline: str, base: str, options: Mapping[str, Any]) -> list[str]:
+    """Python that loads the base as `pipe`; `base` is an expression, `options` what else the recipe says of it."""
+    revision = f", revision={options['revision']!r}" if options.get("revision") else ""
+    how = "from_single_file" if options.get("single_file") else "from_pretrained"
+    lines = [f"pipe = {pipeline}.{how}({base}{revision})"]
+    if predicted := options.get("prediction_type"):
+        settings = f"pipe.scheduler.config, prediction_type={predicted!r}"
+        lines.append(f"pipe.scheduler = type(pipe.scheduler).from_config({settings})")
+    return lines
+
+
 def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str | None) -> Iterator[str]:
     state = "is finished already" if already else "is finished"
     yield f"{result['name']} {state}: {result['steps']} steps on {result['pairs']} pairs, {_time(result['seconds'])}"
@@ -34,7 +45,9 @@ def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str 
         yield f"hub       {pushed}"
     yield ""
     kind = result["pipeline"]
-    yield f"load it   pipe = {kind}.from_pretrained({result['base']!r})"
+    first, *others = load_lines(kind, repr(result["base"]), result.get("base_options", {}))
+    yield f"load it   {first}"
+    yield from (f"          {line}" for line in others)
     yield f"          pipe.load_lora_weights({str(adapter.parent)!r})"
     yield f"          image = pipe({result['example_prompt']!r}).images[0]"
     yield ""

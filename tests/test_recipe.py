@@ -100,6 +100,7 @@ steps = 1
         ("train.precision=fp16", "train.precision", 'expected one of "float32" or "bfloat16"'),
         ("base.family=stable_diffusion", "base.family", 'of family "sdxl"'),
         ("base.vae=./here", "base.vae", "neither a folder nor a hub id"),
+        ("base.config=owner/name", "base.config", "only a single-file checkpoint"),
         ("base.model=owner/name", "evaluate.scorer", "tiny world's pictures only"),
         ("train.learning_rate=nan", "train.learning_rate", "a finite number"),
         ("train.device=gpu", "train.device", "expected text like"),
@@ -256,3 +257,11 @@ def test_key_lines_of_inline_and_dotted_tables() -> None:
         ("a",): 1, ("a", "b"): 1, ("c",): 2, ("c", "d"): 3, ("c", "d", "e"): 3, ("c", "f"): 4, ("c", "h"): 7,
         ("c", "h", "i"): 8, ("c", "h", "j"): 11,
     }  # fmt: skip
+
+
+def test_a_single_file_model_is_a_file_and_never_a_hub_id(write, tmp_path: Path) -> None:
+    found = problems_of(write(GOOD), "base.model=models/none.safetensors")
+    assert "none.safetensors doesn't exist" in found["base.model"][0]
+    (tmp_path / "here.safetensors").touch()
+    loaded = recipe.load(str(write(GOOD)), [f"base.model={tmp_path / 'here.safetensors'}", "base.config=owner/name"])
+    assert loaded.base.config == "owner/name"

@@ -255,3 +255,13 @@ def test_cards_snippet_is_python(base, repo):
     assert f'pipe.load_lora_weights("{repo or "adapter"}", weight_name="pytorch_lora_weights.safetensors")' in code
     assert "num_inference_steps=20, guidance_scale=5.0" in code
     assert ("base_model:" in text) == (base != "tinyworld" and not base.startswith("/"))
+
+
+def test_the_lines_that_load_the_base_know_its_file_revision_and_prediction() -> None:
+    file = "/models/sd21.safetensors"
+    text = card(run() | {"base_options": {"single_file": True, "prediction_type": "v_prediction"}}, base_model=file)
+    assert 'from_single_file("path/to/sd21.safetensors")' in text
+    assert "from_config(pipe.scheduler.config, prediction_type='v_prediction')" in text
+    assert "from_pretrained" not in text
+    pinned = card(run() | {"base_options": {"revision": "fp16"}}, base_model="owner/name")
+    assert """from_pretrained("owner/name", revision='fp16')""" in pinned

@@ -15,20 +15,24 @@ from transformers import CLIPTokenizer
 
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, Moments
+from lora_dpo.families.files import ModelFiles
 from lora_dpo.families.folder import PipelineFolder
 from lora_dpo.families.schedule import Schedule
+from lora_dpo.families.single_file import SUFFIX, SingleFile
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class UNetFamily(Family):
-    """A base model in diffusers' folder format. Nothing but its configurations is read before it is needed.
+    """A base model with a UNet. Nothing but its configurations is read before it is needed.
 
     Args:
-        base: a diffusers folder, or a hub id.
+        base: a diffusers folder, a hub id, or a checkpoint that is one .safetensors file.
         revision: of the hub id: branch, tag or commit.
         vae: another VAE: folder or hub id.
+        config: for a single file: a diffusers folder or hub id with its configurations and tokenizers.
+        prediction_type: "epsilon" or "v_prediction", in place of what the model's files say.
         dtype: of the denoiser and the text encoders: "float32", "bfloat16" or "float16".
         device: where everything is computed.
 
@@ -45,12 +49,14 @@ class UNetFamily(Family):
         *,
         revision: str | None = None,
         vae: Path | str | None = None,
+        config: Path | str | None = None,
+        prediction_type: str | None = None,
         dtype: str = "float32",
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}", "dtype", f"one of {', '.join(DTYPES)}")
-        self.folder = PipelineFolder(base, revision=revision, vae=vae)
+        self.folder = _files(base, revision, vae, config, prediction_type)
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
         self._check_kind()
         self._vae_config, unet = self.folder.config("vae"), self.folder.config("unet")
@@ -128,7 +134,7 @@ class UNetFamily(Family):
         return dict(self._fingerprint)
 
     def _check_kind(self) -> None:
-        missing = [name for name in self.components if not (self.folder.path / name).is_dir() and name != "vae"]
+        missing = [name for name in self.components if not self.folder.has(name) and name != "vae"]
         second = "text_encoder_2" in self.folder.index and "text_encoder_2" not in self.components
         if missing or second:
             kind = self.folder.index.get("_class_name", "an unknown pipeline")
@@ -174,3 +180,17 @@ class UNetFamily(Family):
     def _finished(self, pipeline: Pipeline) -> Pipeline:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def _files(
+    base: Path | str,
+    revision: str | None,
+    vae: Path | str | None,
+    config: Path | str | None,
+    prediction_type: str | None,
+) -> ModelFiles:
+    if str(base).endswith(SUFFIX) and not Path(base).is_dir():
+        return SingleFile(base, config=config, revision=revision, vae=vae, prediction_type=prediction_type)
+    if config is not None:
+        raise UserError("only a single-file checkpoint takes a config", config, "a folder has its own")
+    return PipelineFolder(base, revision=revision, vae=vae, prediction_type=prediction_type)

@@ -23,6 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS = 16
+ACTS = {1: "quick_gelu", 2: "gelu"}  # OpenAI's CLIP and OpenCLIP
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -34,7 +35,7 @@ def tokenizer(pad_token: str = END) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=MAX_TOKENS)
 
 
-def text_config(words: CLIPTokenizer, *, projection: int) -> CLIPTextConfig:
+def text_config(words: CLIPTokenizer, *, projection: int, act: str = "quick_gelu") -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -43,6 +44,7 @@ def text_config(words: CLIPTokenizer, *, projection: int) -> CLIPTextConfig:
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=projection,
+        hidden_act=act,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
@@ -104,11 +106,11 @@ def save_random_sdxl(path: Path | str, *, seed: int = 0) -> Path:
     return Path(path)
 
 
-def save_random_sd(path: Path | str, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """A StableDiffusionPipeline folder: 64×64 pixels, 4×8×8 latents, float32 safetensors."""
+def save_random_sd(path: Path | str, *, prediction_type: str = "epsilon", version: int = 1, seed: int = 0) -> Path:
+    """A StableDiffusionPipeline folder: 64×64 pixels, 4×8×8 latents, float32 safetensors; of SD 1.x or 2.x."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words = tokenizer()
+        words = tokenizer() if version == 1 else tokenizer(pad_token="!")
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16),
@@ -118,6 +120,7 @@ def save_random_sd(path: Path | str, *, prediction_type: str = "epsilon", seed: 
             norm_num_groups=4,
             attention_head_dim=2,
             cross_attention_dim=16,
+            use_linear_projection=version == 2,
         )
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
         scheduler = (
@@ -127,7 +130,7 @@ def save_random_sd(path: Path | str, *, prediction_type: str = "epsilon", seed: 
         )
         pipeline = StableDiffusionPipeline(
             vae=autoencoder(levels=4, scaling_factor=0.18215),
-            text_encoder=CLIPTextModel(text_config(words, projection=16)),
+            text_encoder=CLIPTextModel(text_config(words, projection=16, act=ACTS[version])),
             tokenizer=words,
             unet=unet,
             scheduler=scheduler,

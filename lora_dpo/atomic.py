@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,17 @@ from typing import IO, Any
 
 from lora_dpo.errors import UserError
 
+PARTIAL = ".partial"
+RUN_DIR_HINT = "change its permissions, or choose another directory (--run-dir)"
 
-def replace(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename: readers see the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+
+def replace(path: Path, data: bytes, *, shared: bool = False) -> None:
+    """Write beside `path` and rename: readers see the old file or the new one, never a part.
+
+    With `shared`, several processes may do this to the same path at once.
+    """
+    own = f".{os.getpid()}-{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}{PARTIAL}")
     try:
         write(partial, data)
         os.replace(partial, path)
@@ -25,17 +33,16 @@ def replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def clear_os_errors(where: Path) -> Iterator[None]:
-    """A full disk, or a place that can't be written, becomes a UserError that says so."""
+def clear_os_errors(where: Path, hint: str = RUN_DIR_HINT) -> Iterator[None]:
+    """A full disk, or a place that can't be written, becomes a UserError that says so; `hint` is for the latter."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, hint = "no space left on the disk", "free some space and run again: a run resumes where it was saved"
+            what, todo = "no space left on the disk", "free some space and run again: a run resumes where it was saved"
         else:
-            what = f"can't be written ({error.strerror or error})"
-            hint = "change its permissions, or choose another directory (--run-dir)"
-        raise UserError(what, where=error.filename or where, hint=hint) from error
+            what, todo = f"can't be written ({error.strerror or error})", hint
+        raise UserError(what, where=error.filename or where, hint=todo) from error
 
 
 def write(path: Path, data: bytes) -> None:

@@ -89,7 +89,12 @@ def _execute(
     family = parts.family(recipe, device)
     directory = parts.cache_dir(recipe)
     pairs = cache.fill(
-        parts.source(recipe, recipe.data.split), family, directory, recipe.data.resolution, _count(progress)
+        parts.source(recipe, recipe.data.split),
+        family,
+        directory,
+        recipe.data.resolution,
+        _count(progress),
+        tell=progress.message,
     )
     kept = pairs.report
     progress.message(kept.summary())
@@ -289,7 +294,7 @@ def _held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: P
         return None
     source = parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
     try:
-        return cache.fill(source, family, directory, recipe.data.resolution, _count(progress))
+        return cache.fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
     except UserError as error:
         hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
         raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error

@@ -1,118 +1,214 @@
-"""Rows of tensors by key, in safetensors shards that are complete or absent, read through memory maps."""
+"""Rows of tensors by key, in safetensors shards that are complete or absent, checked and read through memory maps.
+
+A shard is named by a digest of its keys, which stand in its header, and holds a checksum of each row: a file that was
+cut, or in which any bit has changed, is found out when it is opened or when the row is read, and is never used.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lora_dpo import atomic
-from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.errors import LoraDpoError
 
 OPEN_SHARDS = 64
+CHECK = "row_check"
+ABOUT = "about.json"
+SUFFIX = ".safetensors"
+HINT = "change its permissions, or choose another folder: output.cache_dir, or $LORA_DPO_CACHE"
+
+
+class Damaged(LoraDpoError):
+    """A shard that can't be used as it is."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"{path}: this part of the cache is damaged ({reason}); delete it")
+
+
+def digest(*parts: object) -> str:
+    """Of the parts and their boundaries, 32 hex digits; bytes as they are, everything else as text."""
+    made = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        made.update(len(data).to_bytes(8, "little"))
+        made.update(data)
+    return made.hexdigest()
+
+
+def row_check(key: str, row: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a row under its key: names, dtypes, shapes and bytes."""
+    check = zlib.crc32(key.encode())
+    for name in sorted(row):
+        tensor = row[name].contiguous()
+        check = zlib.crc32(f"{name}{tensor.dtype}{list(tensor.shape)}".encode(), check)
+        check = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, check)
+    return check
+
+
+class Shard:
+    """One open file.
+
+    Attributes:
+        keys: of its rows, in order.
+
+    Raises:
+        Damaged: no such file, or not the one that its name tells.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = safe_open(path, "pt").__enter__()
+            self.keys: list[str] = self._file.metadata()["keys"].split()
+            self._names = sorted(set(self._file.keys()) - {CHECK})
+            self._slices = {name: self._file.get_slice(name) for name in self._names}
+            self._checks: list[int] = self._file.get_tensor(CHECK).tolist()
+            lengths = {part.get_shape()[0] for part in self._slices.values()} | {len(self._checks)}
+        except FileNotFoundError as error:
+            raise Damaged(path, "it is missing") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise Damaged(path, str(error) or type(error).__name__) from error
+        if path.name != _name(self.keys) or lengths != {len(self.keys)}:
+            raise Damaged(path, "its header has changed")
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Each tensor with a batch dimension of one; Damaged if it isn't what was written."""
+        try:
+            row = {name: part[index : index + 1] for name, part in self._slices.items()}
+            sound = row_check(self.keys[index], row) == self._checks[index]
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            raise Damaged(self.path, str(error)) from error
+        if not sound:
+            raise Damaged(self.path, f"the checksum of row {index} is wrong")
+        return row
+
+    def verify(self) -> None:
+        """Reads everything; raises Damaged at the first row that isn't what was written."""
+        for index in range(len(self.keys)):
+            self.row(index)
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+def discard(path: Path) -> bool:
+    """Deletes a damaged file; False where that isn't allowed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 class Store:
-    """Append-only. `add` collects rows and writes a shard when it is full; `flush` writes what is left.
+    """The shards of one directory while they are being made. `add` collects rows, `flush` writes them as a shard.
+
+    Damaged shards are deleted when they are met, so that their rows count as missing.
 
     Args:
         directory: created with the first shard.
-        bytes_per_shard: a shard is written once it has at least so much.
+        about: what made the rows, written beside the first shard for `lora-dpo cache --stats`.
+        bytes_per_shard: a shard is written once it has at least so much; None: by `flush` alone.
     """
 
-    def __init__(self, directory: Path, bytes_per_shard: int) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, about: Mapping[str, Any], bytes_per_shard: int | None = None) -> None:
+        self.directory, self._about = directory, dict(about)
         self._bytes_per_shard = bytes_per_shard
-        self._places: dict[str, tuple[int, int]] = {}
-        self._shards: list[Path] = []
+        self.damaged: list[Damaged] = []
+        self._places: dict[str, tuple[str, int]] = {}
+        self._seen: set[str] = set()
         self._waiting: list[dict[str, Tensor]] = []
         self._waiting_keys: dict[str, None] = {}
-        self._open: OrderedDict[int, tuple[ExitStack, Any]] = OrderedDict()
-        for path in sorted(directory.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as shard:
-                    keys = shard.metadata()["keys"].split()
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-                # Only a failing disk leaves such a file: its rows count as missing, and are made again.
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in the shards that other processes have written since."""
+        for path in sorted(self.directory.glob(f"*{SUFFIX}")):
+            if path.name in self._seen:
                 continue
-            self._take_in(path, keys)
+            try:
+                shard = Shard(path)
+            except Damaged as error:
+                self.damaged.append(error)
+                discard(path)
+                continue
+            self._take_in(path, shard.keys)
+            shard.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places or key in self._waiting_keys
 
-    def add(self, keys: list[str], tensors: dict[str, Tensor]) -> None:
+    def place(self, key: str) -> tuple[str, int]:
+        """File name and row; KeyError for a key that was never flushed."""
+        return self._places[key]
+
+    def add(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         """Batch-first tensors, one row per new key; every call with the same names and row shapes."""
         self._waiting.append({name: tensor.detach().cpu() for name, tensor in tensors.items()})
         self._waiting_keys.update(dict.fromkeys(keys))
-        if sum(tensor.nbytes for part in self._waiting for tensor in part.values()) >= self._bytes_per_shard:
+        size = sum(tensor.nbytes for part in self._waiting for tensor in part.values())
+        if self._bytes_per_shard is not None and size >= self._bytes_per_shard:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the collected rows as a shard."""
+        """Writes the collected rows as a shard; UserError where the disk is full or can't be written."""
         if not self._waiting:
             return
         keys = list(self._waiting_keys)
         tensors = {name: torch.cat([part[name] for part in self._waiting]).contiguous() for name in self._waiting[0]}
-        # Named by its keys, so that two processes that fill the same cache write the same files.
-        path = self.directory / f"{hashlib.blake2b(' '.join(keys).encode(), digest_size=16).hexdigest()}.safetensors"
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, {"keys": " ".join(keys)}))
+        checks = [
+            row_check(key, {name: tensor[row : row + 1] for name, tensor in tensors.items()})
+            for row, key in enumerate(keys)
+        ]
+        # Two processes that make the same rows write the same file.
+        path = self.directory / _name(keys)
+        with atomic.clear_os_errors(self.directory, HINT):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not (self.directory / ABOUT).exists():
+                atomic.replace(self.directory / ABOUT, json.dumps(self._about, indent=1).encode(), shared=True)
+            data = save({**tensors, CHECK: torch.tensor(checks)}, {"keys": " ".join(keys)})
+            atomic.replace(path, data, shared=True)
         self._waiting.clear()
         self._waiting_keys.clear()
         self._take_in(path, keys)
 
-    def read(self, key: str) -> dict[str, Tensor]:
-        """The key's row, each tensor with a batch dimension of one; KeyError for a key that was never flushed."""
-        shard, row = self._places[key]
-        handle = self._handle(shard)
-        names = handle.keys()
-        try:
-            return {name: handle.get_slice(name)[row : row + 1] for name in names}
-        except (SafetensorError, OSError) as error:
-            raise LoraDpoError(f"{self._shards[shard]}: the cache is damaged ({error}); delete this file") from error
+    def _take_in(self, path: Path, keys: Sequence[str]) -> None:
+        self._seen.add(path.name)
+        self._places.update((key, (path.name, row)) for row, key in enumerate(keys))
 
-    def _take_in(self, path: Path, keys: list[str]) -> None:
-        self._shards.append(path)
-        self._places.update((key, (len(self._shards) - 1, row)) for row, key in enumerate(keys))
 
-    def _handle(self, shard: int) -> Any:
-        """An open shard; only so many are open at once, for the sake of the limit on file descriptors."""
+class Reader:
+    """Rows by (shard, row); only so many shards are open at once, for the sake of the limit on file descriptors."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def read(self, shard: int, row: int) -> dict[str, Tensor]:
+        """Views of the file, each with a batch dimension of one; Damaged if it isn't what was written."""
         if shard not in self._open:
-            stack = ExitStack()
-            try:
-                handle = stack.enter_context(safe_open(self._shards[shard], "pt"))
-            except (SafetensorError, OSError) as error:
-                raise LoraDpoError(f"{self._shards[shard]}: the cache is damaged ({error})") from error
-            self._open[shard] = (stack, handle)
+            self._open[shard] = Shard(self._paths[shard])
             if len(self._open) > OPEN_SHARDS:
-                _, (oldest, _) = self._open.popitem(last=False)
-                oldest.close()
+                self._open.popitem(last=False)[1].close()
         self._open.move_to_end(shard)
-        return self._open[shard][1]
+        return self._open[shard].row(row)
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` gets a temporary name beside `path`; on return the file is complete under its own name, or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            atomic.sync(file)
-        temporary.replace(path)
-        atomic.sync_directory(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"can't be written ({error})", path.parent, "free some space or choose another folder"
-        ) from error
-    finally:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+def _name(keys: Sequence[str]) -> str:
+    return hashlib.blake2b(" ".join(keys).encode(), digest_size=16).hexdigest() + SUFFIX

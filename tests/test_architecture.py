@@ -22,6 +22,8 @@ LAYERS: list[set[str]] = [
     {"recipe", "tinyworld"},
     {"data", "families", "scorers", "adapters"},
     {"cache_store"},
+    {"cache_index"},
+    {"cache_fill"},
     {"cache", "denoising", "sampling"},
     {"methods", "evaluation", "tinyworld.preferences", "tinyworld.pretrain", "tinyworld.scoring"},
     {"checkpoint", "updates", "figures", "optimizers", "hub", "run_dir", "trackers"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from lora_dpo.cache import fill
-from lora_dpo.cache_store import OPEN_SHARDS, Store
+from lora_dpo.cache_store import OPEN_SHARDS, Reader, Store
 from lora_dpo.data import Preference, PreferenceSource, SourceReport
 from lora_dpo.data.images import centre_square, decode, to_pixels
 from lora_dpo.data.pickapic import PickAPicParquet
@@ -125,9 +124,9 @@ def test_a_second_fill_encodes_nothing(sdxl_path, pairs, tmp_path, monkeypatch):
     same(first, second)
     assert second.report == first.report
     # Without the index of this source the shards still hold everything.
-    next(tmp_path.glob("pairs-*.json")).unlink()
+    next(tmp_path.glob("pairs-*.safetensors")).unlink()
     same(first, fill(PickAPicParquet(pairs), family, tmp_path, 32))
-    next(tmp_path.glob("pairs-*.json")).write_text("{ damaged")
+    next(tmp_path.glob("pairs-*.safetensors")).write_bytes(b"damaged")
     same(first, fill(PickAPicParquet(pairs), family, tmp_path, 32))
 
 
@@ -228,15 +227,15 @@ def test_a_killed_fill_goes_on_from_its_complete_shards(sdxl_path, pairs, tmp_pa
 
 
 def test_a_write_that_dies_leaves_no_shard_and_no_rest(sdxl_path, pairs, tmp_path, monkeypatch):
-    def half(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def half(path, data):
+        path.write_bytes(data[: len(data) // 2])
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_dpo.cache_store.save_file", half)
+        patch.setattr("lora_dpo.atomic.write", half)
         with pytest.raises(Killed):
             fill(PickAPicParquet(pairs), SDXL(sdxl_path), tmp_path, 32)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def test_a_damaged_shard_is_encoded_again(sdxl_path, pairs, tmp_path):
@@ -254,8 +253,8 @@ def test_disk_errors_are_explained(sdxl_path, pairs, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_dpo.cache_store.save_file", full)
-    with pytest.raises(UserError, match="No space left"):
+    monkeypatch.setattr("lora_dpo.atomic.write", full)
+    with pytest.raises(UserError, match="no space left"):
         fill(PickAPicParquet(pairs), SDXL(sdxl_path), tmp_path / "cache", 32)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
@@ -314,17 +313,17 @@ def test_any_source_will_do_and_odd_prompts_too(sdxl_path, pairs, tmp_path):
 
 def test_the_index_holds_no_pictures(sdxl_path, pairs, tmp_path):
     fill(PickAPicParquet(pairs), SDXL(sdxl_path), tmp_path, 32)
-    (index,) = tmp_path.glob("pairs-*.json")
-    assert set(json.loads(index.read_text())) == {"pairs", "report"}
+    (index,) = tmp_path.glob("pairs-*.safetensors")
     assert index.stat().st_size < 4000
 
 
 def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path):
-    store = Store(tmp_path, bytes_per_shard=1)
+    store = Store(tmp_path, {}, bytes_per_shard=1)
     count = OPEN_SHARDS + 10
     for index in range(count):
         store.add([f"k{index}"], {"x": torch.full((1, 2), float(index))})
-    reopened = Store(tmp_path, bytes_per_shard=1)
+    places = [Store(tmp_path, {}).place(f"k{index}") for index in range(count)]
+    reader = Reader([tmp_path / name for name, _ in places])
     for index in [*range(count), 0, count - 1, 5]:
-        assert reopened.read(f"k{index}")["x"].tolist() == [[float(index)] * 2]
-    assert len(reopened._open) == OPEN_SHARDS
+        assert reader.read(index, places[index][1])["x"].tolist() == [[float(index)] * 2]
+    assert len(reader._open) == OPEN_SHARDS

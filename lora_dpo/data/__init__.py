@@ -5,9 +5,11 @@ from __future__ import annotations
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+
+from PIL.Image import Image
 
 from lora_dpo.randomness import seed_of
 
@@ -16,12 +18,16 @@ EXAMPLES_PER_REASON = 5
 
 @dataclass(frozen=True)
 class Preference:
-    """One decided comparison: encoded pictures, the first of them preferred; `origin` is "file:row"."""
+    """One decided comparison: encoded pictures, the first of them preferred; `origin` is "file:row".
+
+    `pictures` are winner and loser decoded, where the source had to do that anyway.
+    """
 
     prompt: str
     winner: bytes
     loser: bytes
     origin: str
+    pictures: tuple[Image | None, Image | None] = field(default=(None, None), compare=False, repr=False)
 
 
 @dataclass
@@ -57,9 +63,15 @@ class SourceReport:
 
 
 class PreferenceSource(ABC):
-    """Pairs in a fixed order. Each iteration starts `report` afresh and fills it."""
+    """Pairs in a fixed order. Each iteration starts `report` afresh and fills it.
+
+    Attributes:
+        known: true of encoded pictures that were decoded before, so that a source needn't do it again to see whether
+            they are sound; None: every picture is looked at.
+    """
 
     report: SourceReport
+    known: Callable[[bytes], bool] | None = None
 
     @abstractmethod
     def __iter__(self) -> Iterator[Preference]:

@@ -8,6 +8,7 @@ than `MAX_PIXELS`, and formats outside `FORMATS` (vector formats would start an 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -21,27 +22,35 @@ from lora_dpo.errors import UserError
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 MAX_PIXELS = 100_000_000
+_PILLOWS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 def decode(data: bytes, where: str) -> Image.Image:
     """The picture in 8-bit RGB, upright. `where` names it in the UserError that a bad one raises."""
     try:
-        with warnings.catch_warnings():
-            # Damaged metadata warns, and the size is checked below: neither is the reader's concern.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise UserError(f"the image has {width}×{height} pixels, more than {MAX_PIXELS:,}", where)
-                # A phone's JPEG may be of the kind MPO, which holds the picture first and auxiliary ones after it.
-                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                    raise UserError("the image is animated or has several pages", where, "save one frame of it")
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+        _silence_pillow()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"the image has {width}×{height} pixels, more than {MAX_PIXELS:,}", where)
+            # A phone's JPEG may be of the kind MPO, which holds the picture first and auxiliary ones after it.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                raise UserError("the image is animated or has several pages", where, "save one frame of it")
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of nearly every kind on damaged bytes.
         raise UserError(f"the image can't be decoded ({type(error).__name__}: {error})", where) from error
+
+
+def _silence_pillow() -> None:
+    """Damaged metadata and large sizes warn; neither is the reader's concern: the size is checked here.
+
+    A filter that stays, as `catch_warnings` swaps the filters of every thread and pictures are decoded in several.
+    """
+    if _PILLOWS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOWS[3].pattern)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

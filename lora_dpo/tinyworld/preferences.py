@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from .. import atomic
 from ..randomness import numpy_generator
 from . import scenes, taste
 from .verifier import measure
@@ -138,17 +138,19 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name("tmp-" + path.name)
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with atomic.clear_os_errors(path, "choose another folder"):
+        atomic.replace(path, buffer.getvalue())
 
 
 def _write(target: Path, rows: list[dict[str, object]]) -> None:
-    temporary = target.with_name(target.name + ".tmp")
     table = pa.Table.from_pylist(rows)
     # Every picture is in several pairs; one dictionary per row group stores it once.
+    buffer = io.BytesIO()
     pq.write_table(
-        table, temporary, row_group_size=len(rows) // 4 + 1, compression="zstd", use_dictionary=True,
+        table, buffer, row_group_size=len(rows) // 4 + 1, compression="zstd", use_dictionary=True,
         dictionary_pagesize_limit=1 << 26, write_statistics=False,
     )  # fmt: skip
-    os.replace(temporary, target)
+    with atomic.clear_os_errors(target, "choose another folder"):
+        atomic.replace(target, buffer.getvalue())

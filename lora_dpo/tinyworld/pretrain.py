@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import json
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import atomic
 from ..randomness import numpy_generator, seed_of, torch_generator
 from . import model, scenes
 from .render import render
@@ -360,12 +362,14 @@ def _cosine(part: float, floor: float) -> float:
 
 
 def _save_tensors(path: Path, state: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with atomic.clear_os_errors(path, "choose another folder"):
+        atomic.replace(path, buffer.getvalue())
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name("tmp-" + path.name)
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with atomic.clear_os_errors(path, "choose another folder"):
+        atomic.replace(path, buffer.getvalue())

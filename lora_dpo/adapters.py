@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -22,23 +23,33 @@ from lora_dpo.randomness import torch_generator
 NAME = "lora_dpo"
 INITIAL_WEIGHTS = "initial adapter weights"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-PRESETS: dict[str, tuple[str, ...]] = {
+# Of the ResNets and the layers between resolutions. Not conv_in and conv_out: with 4 channels on one side, they have no
+# use for a rank above 4.
+_CONV = r"re:.*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)"
+_PLAIN: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "attention+ff": (*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+    "all-linear": ("all-linear",),
 }
+PRESETS = _PLAIN | {f"{name}+conv": (*targets, _CONV) for name, targets in _PLAIN.items()}
 ALL_LINEAR = "all-linear"
+PATTERN = "re:"
 
 
 class Adapters:
     """One LoRA per target layer of a frozen denoiser; made by `attach`.
 
     Attributes:
-        rank, alpha: the update of a layer is (alpha / rank)·B·A.
+        rank, alpha: as they were asked for.
+        scale: the update of a layer is scale·B·A; see `scale_of`.
         layers: the LoRA layers by module name, sorted.
     """
 
-    def __init__(self, denoiser: nn.Module, layers: dict[str, LoraLayer], rank: int, alpha: float) -> None:
+    def __init__(
+        self, denoiser: nn.Module, layers: dict[str, LoraLayer], rank: int, alpha: float, rslora: bool = False
+    ) -> None:
         self.rank, self.alpha, self.layers = rank, alpha, layers
+        self.scale = scale_of(rank, alpha, rslora)
         self._denoiser, self._depth = denoiser, 0
 
     @staticmethod
@@ -49,33 +60,38 @@ class Adapters:
         alpha: float,
         targets: str | Sequence[str] = "attention",
         dropout: float = 0.0,
+        rslora: bool = False,
         seed: int,
         init: Literal["gaussian", "kaiming"] = "gaussian",
     ) -> Adapters:
-        """Freeze `denoiser` and put adapters into its target layers, with B = 0: the policy starts as the reference.
+        r"""Freeze `denoiser` and put adapters into its target layers, with B = 0: the policy starts as the reference.
 
         A is a function of (seed, layer name) alone: N(0, 1/rank²), or uniform in ±1/√fan_in for "kaiming". The
         global random state is left as it was. Weights are float32 whatever the base's precision, so that small
         updates aren't lost; a layer's output keeps the base's precision.
 
         Args:
-            targets: "attention", "attention+ff", "all-linear", or module name endings ("to_q", "attn2.to_k").
+            targets: one of `PRESETS`, or module name endings ("to_q", "attn2.to_k") and patterns for whole names
+                (`re:up_blocks\.1\..*\.to_[qkv]`).
+            rslora: scale by alpha / √rank (Kalajdzievski 2023): updates of large ranks aren't held back.
             dropout: on the adapters' input, in training passes only.
 
         Raises:
-            UserError: a target ending that no linear or convolution layer has.
+            UserError: a target that no linear or convolution layer has.
         """
         if any(isinstance(module, LoraLayer) for module in denoiser.modules()):
             raise LoraDpoError("the denoiser has adapters already; detach them first")
         names = target_names(denoiser, targets)
         # `lora_alpha` is the alpha itself; peft divides by the rank.
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none")  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none"
+        )  # pyright: ignore[reportArgumentType]
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, denoiser, adapter_name=NAME)
         layers = {name: m for name, m in sorted(denoiser.named_modules()) if isinstance(m, LoraLayer)}
         if set(layers) != set(names):
             raise LoraDpoError(f"peft adapted other layers than asked for: {sorted(set(layers) ^ set(names))[:8]}")
-        adapters = Adapters(denoiser, layers, rank, alpha)
+        adapters = Adapters(denoiser, layers, rank, alpha, rslora)
         for name, parameter in adapters.parameters().items():
             parameter.data = _initial(name, parameter, rank, init, seed).to(parameter.device)
         adapters.train(False)
@@ -143,13 +159,13 @@ class Adapters:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """‖ΔW‖: Frobenius norm over all layers of the update (alpha / rank)·B·A; 0 at the start."""
+        """‖ΔW‖: Frobenius norm over all layers of the update scale·B·A; 0 at the start."""
         squares = []
         for layer in self.layers.values():
             a, b = (getattr(layer, part)[NAME].weight.flatten(1) for part in _PARTS)
             # ‖BA‖² = tr(BᵀB · AAᵀ): rank × rank, ΔW itself is never formed.
             squares.append(((b.T @ b) * (a @ a.T)).sum())
-        return self.alpha / self.rank * math.sqrt(max(torch.stack(squares).sum().item(), 0.0))
+        return self.scale * math.sqrt(max(torch.stack(squares).sum().item(), 0.0))
 
     def detach(self) -> None:
         """Take the adapters out; the denoiser is the plain base again. Their weights stay readable here."""
@@ -162,33 +178,48 @@ class Adapters:
 _PARTS = ("lora_A", "lora_B")
 
 
+def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
+    """What B·A is multiplied by: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def target_names(denoiser: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Names of the linear and convolution layers that `targets` selects, in module order.
 
     Raises:
-        UserError: an unknown preset, or an ending that matches no such layer.
+        UserError: an unknown preset, a malformed pattern, or a target that matches no such layer.
     """
     known = {name: m for name, m in denoiser.named_modules() if name and isinstance(m, (nn.Linear, nn.Conv2d))}
     if isinstance(targets, str):
-        if targets == ALL_LINEAR:
-            return [name for name, module in known.items() if isinstance(module, nn.Linear)]
         if targets not in PRESETS:
             raise UserError(
                 f'unknown preset "{targets}"',
                 where="adapter.targets",
-                hint=f"presets: {', '.join([*PRESETS, ALL_LINEAR])}; or give a list of module name endings",
+                hint=f"presets: {', '.join(PRESETS)}; or give a list of module name endings and re:patterns",
             )
         targets = PRESETS[targets]
-    chosen = {ending: [name for name in known if name == ending or name.endswith(f".{ending}")] for ending in targets}
-    unmatched = [ending for ending, names in chosen.items() if not names]
+    chosen = {target: _matching(target, known) for target in targets}
+    unmatched = [target for target, names in chosen.items() if not names]
     if unmatched or not chosen:
         raise UserError(
-            f"no linear or convolution layer's name ends in {', '.join(unmatched)}" if chosen else "no targets given",
+            f"no linear or convolution layer is selected by {', '.join(unmatched)}" if chosen else "no targets given",
             where="adapter.targets",
             hint=_suggestion(unmatched, known),
         )
     selected = {name for names in chosen.values() for name in names}
     return [name for name in known if name in selected]
+
+
+def _matching(target: str, known: Mapping[str, nn.Module]) -> list[str]:
+    if target == ALL_LINEAR:
+        return [name for name, module in known.items() if isinstance(module, nn.Linear)]
+    if not target.startswith(PATTERN):
+        return [name for name in known if name == target or name.endswith(f".{target}")]
+    try:
+        pattern = re.compile(target.removeprefix(PATTERN))
+    except re.error as error:
+        raise UserError(f"{target} is no regular expression ({error})", where="adapter.targets") from None
+    return [name for name in known if pattern.fullmatch(name)]
 
 
 def _suggestion(unmatched: Sequence[str], known: Mapping[str, nn.Module]) -> str:

@@ -109,6 +109,7 @@ def _execute(
         alpha=recipe.adapter.alpha,
         targets=recipe.adapter.targets,
         dropout=recipe.adapter.dropout,
+        rslora=recipe.adapter.rslora,
         seed=recipe.train.seed,
     )
     trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, track)
@@ -116,7 +117,7 @@ def _execute(
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
     try:
-        kohya.save(adapters.state_dict(), adapters.alpha, family, kohya_file, metadata)
+        kohya.save(adapters.state_dict(), adapters.scale * adapters.rank, family, kohya_file, metadata)
     except kohya.NotInKohyasLayout as error:
         progress.message(f"no file in kohya's layout: {error}")
         kohya_file = None

@@ -33,8 +33,8 @@ COARSE_TOLERANCE = 3e-2
 def save(adapters: Adapters, directory: Path | str, metadata: Mapping[str, str]) -> Path:
     """Write `pytorch_lora_weights.safetensors` in diffusers' layout, float32.
 
-    alpha / rank is multiplied into B, so that W + B·A is the adapted weight for every loader, also for those that
-    know no alpha.
+    The scale (alpha / rank) is multiplied into B, so that W + B·A is the adapted weight for every loader, also for
+    those that know no alpha.
 
     Args:
         metadata: strings for the file's header.
@@ -42,7 +42,7 @@ def save(adapters: Adapters, directory: Path | str, metadata: Mapping[str, str])
     Raises:
         UserError: disk full or directory not writable.
     """
-    scale = adapters.alpha / adapters.rank
+    scale = adapters.scale
     state = {
         f"{PREFIX}.{name}": weight * scale if ".lora_B." in name else weight
         for name, weight in adapters.state_dict().items()

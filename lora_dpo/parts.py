@@ -167,5 +167,6 @@ def metadata(recipe: Recipe, family: Family) -> dict[str, str]:
         "method": json.dumps(recipe.method.model_dump(mode="json")),
         "rank": str(recipe.adapter.rank),
         "alpha": str(recipe.adapter.alpha),
+        "rslora": str(recipe.adapter.rslora),
         "recipe": recipes.dump(recipe),
     }

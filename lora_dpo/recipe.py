@@ -142,4 +142,7 @@ def _translated(entry: Any, values: dict[str, Any]) -> tuple[Key, str]:
     return translate({**entry, "loc": loc}, known, about)
 
 
-_TARGETS = 'got {}, expected "attention", "attention+ff", "all-linear" or an array of module name endings'
+_TARGETS = (
+    'got {}, expected "attention", "attention+ff" or "all-linear", each with "+conv" or without, or an array of module '
+    "name endings"
+)

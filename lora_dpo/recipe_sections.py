@@ -58,10 +58,11 @@ class Adapter(Section):
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="the update is scaled by alpha / rank")
     targets: (
-        Literal["attention", "attention+ff", "all-linear"]
+        Literal["attention", "attention+ff", "all-linear", "attention+conv", "attention+ff+conv", "all-linear+conv"]
         | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
-    ) = Field(default="attention", description="a preset, or an array of module name endings")
+    ) = Field(default="attention", description="a preset, or an array of module name endings and re:patterns")
     dropout: Fraction = 0.0
+    rslora: bool = Field(default=False, description="scale by alpha / √rank instead")
 
 
 class Draws(Section):

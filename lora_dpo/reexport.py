@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from lora_dpo import atomic, checkpoint, export, kohya, parts, updates
+from lora_dpo.adapters import scale_of
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, uncropped
 from lora_dpo.families.files import quiet
@@ -72,11 +73,10 @@ def _of_run(run: Path, step: int | None) -> Source:
             where=run,
             hint="export the finished run, without --step",
         )
+    scale = scale_of(chosen["rank"], chosen["alpha"], chosen["rslora"])
     recipe = (run / RECIPE).read_text("utf-8")
     header = {"recipe": recipe, "step": str(step), "base_unet": str(saved.identity["denoiser"])}
-    return Source(
-        saved.path, updates.from_state(saved.ema() or saved.adapter(), chosen["alpha"] / chosen["rank"]), header
-    )
+    return Source(saved.path, updates.from_state(saved.ema() or saved.adapter(), scale), header)
 
 
 def base_of(sources: Sequence[Source], model: str | None, family: str | None, dtype: str | None) -> Base:

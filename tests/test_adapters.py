@@ -183,7 +183,9 @@ def test_presets(family):
     ("targets", "message"),
     [
         (["to_q", "to_kk"], "did you mean to_k"),
-        (["q"], "ends in q"),
+        (["q"], "selected by q"),
+        (["re:nothing.*"], "selected by re:nothing"),
+        (["re:(to_q"], "no regular expression"),
         ("atention", "attention, attention"),
         ([], "no targets"),
         (["attn1"], "no linear or convolution layer"),
@@ -215,3 +217,52 @@ def test_gradient_checkpointing_gives_the_same_gradient(world):
     for name, grad in plain.items():
         assert grad.abs().max() > 0
         torch.testing.assert_close(repeated[name], grad, rtol=1e-5, atol=1e-8)
+
+
+CONVOLUTIONS = {"conv1", "conv2", "conv_shortcut", "conv"}
+
+
+@pytest.mark.parametrize("plain", ["attention", "attention+ff", "all-linear"])
+def test_conv_adds_the_convolutions_within_the_blocks(family, plain):
+    without, added = (set(target_names(family.denoiser, preset)) for preset in (plain, f"{plain}+conv"))
+    assert without < added
+    modules = dict(family.denoiser.named_modules())
+    expected = {
+        name for name, module in modules.items()
+        if isinstance(module, torch.nn.Conv2d) and name not in ("conv_in", "conv_out")
+        and not name.endswith(("proj_in", "proj_out"))
+    }  # fmt: skip
+    assert added - without == expected
+    assert {name.rpartition(".")[2] for name in expected} == CONVOLUTIONS
+
+
+def test_the_recipes_presets_are_these():
+    from typing import get_args
+
+    from lora_dpo.adapters import PRESETS
+    from lora_dpo.recipe_sections import Adapter
+
+    literal = get_args(Adapter.model_fields["targets"].annotation)[0]
+    assert set(get_args(literal)) == set(PRESETS)
+
+
+def test_patterns_match_whole_names(family):
+    found = target_names(family.denoiser, [r"re:mid_block\..*\.to_[qk]"])
+    assert found
+    assert all(name.startswith("mid_block.") and name[-4:] in ("to_q", "to_k") for name in found)
+    assert target_names(family.denoiser, ["conv_in", *found]) == ["conv_in", *found]
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / 2)])
+def test_the_scale_is_what_the_update_is_multiplied_by(family, predict, rslora, scale):
+    with torch.no_grad():
+        adapters = attach(family, moved=0.1, alpha=12.0, rslora=rslora)
+        assert adapters.scale == scale
+        policy = predict()
+        state = adapters.state_dict()
+        adapters.detach()
+        for name, module in family.denoiser.named_modules():
+            if f"{name}.lora_A.weight" in state:
+                a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+                module.weight += scale * b @ a
+        torch.testing.assert_close(predict(), policy, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,8 @@ def sd_world(tmp_path_factory) -> World:
         ("world", {"alpha": 12.0}),
         ("world", {"alpha": 1.0, "targets": "attention+ff", "dropout": 0.5}),
         ("world", {"targets": ["conv1", "to_q"], "alpha": 8.0}),
+        ("world", {"alpha": 8.0, "rslora": True}),
+        ("sd_world", {"alpha": 8.0, "targets": "attention+conv"}),
         ("sd_world", {"alpha": 12.0, "targets": "all-linear"}),
     ],
 )

@@ -68,6 +68,8 @@ def test_a_layer_without_a_name():
         ("world", {"alpha": 12.0}),
         ("world", {"alpha": 1.0, "targets": "attention+ff"}),
         ("world", {"alpha": 8.0, "targets": "all-linear"}),
+        ("world", {"alpha": 8.0, "rslora": True}),
+        ("sd_world", {"alpha": 8.0, "targets": "attention+conv"}),
         ("world", {"alpha": 8.0, "targets": ["conv1", "conv2", "conv_shortcut", "to_q"]}),
         ("sd_world", {"alpha": 12.0, "targets": "all-linear"}),
         ("sd_world", {"alpha": 2.0, "targets": ["conv1", "conv2", "to_v"]}),
@@ -82,7 +84,11 @@ def test_diffusers_reads_the_policy_from_it(request, tmp_path, name, options):
         policy = export.predict(family, probe)
     first = export.save(adapters, tmp_path / "adapter", {})
     second = kohya.save(
-        adapters.state_dict(), adapters.alpha, family, tmp_path / "kohya" / "mine.safetensors", {"recipe": "…"}
+        adapters.state_dict(),
+        adapters.scale * adapters.rank,
+        family,
+        tmp_path / "kohya" / "mine.safetensors",
+        {"recipe": "…"},
     )
     export.verify(adapters, family, first, probe)
     found = kohya.verify(family, second, probe)
@@ -101,7 +107,11 @@ def test_alpha_stands_beside_plain_weights(request, tmp_path, name):
     family = world.family()
     adapters = attach(family, moved=0.1, alpha=12.0)
     path = kohya.save(
-        adapters.state_dict(), adapters.alpha, family, tmp_path / "mine.safetensors", {"base_model": "tiny"}
+        adapters.state_dict(),
+        adapters.scale * adapters.rank,
+        family,
+        tmp_path / "mine.safetensors",
+        {"base_model": "tiny"},
     )
     state, own = load_file(path), adapters.state_dict()
     layers = {key.split(".")[0] for key in state}
@@ -123,7 +133,9 @@ def test_a_file_that_is_read_as_another_adapter_is_removed(world, tmp_path, dama
     probe = export.probe(world.pairs(family), family)
     adapters = attach(family, moved=0.1, alpha=12.0)
     first = export.save(adapters, tmp_path / "adapter", {})
-    second = kohya.save(adapters.state_dict(), adapters.alpha, family, tmp_path / "mine.safetensors", {})
+    second = kohya.save(
+        adapters.state_dict(), adapters.scale * adapters.rank, family, tmp_path / "mine.safetensors", {}
+    )
     state = load_file(second)
     if damage == "strength":  # what the common converter writes: alpha = rank
         state |= {key: torch.tensor(4.0) for key in state if key.endswith(".alpha")}

@@ -76,7 +76,8 @@ steps = 1
         "base.family": ('got "sdl", expected one of "sdxl" or "stable_diffusion"', 6),
         "adapter.rank": ("got 8.5, expected an integer", 9),
         "adapter.targets": (
-            'got [1, 2], expected "attention", "attention+ff", "all-linear" or an array of module name endings',
+            'got [1, 2], expected "attention", "attention+ff" or "all-linear", each with "+conv" or without, or an '
+            "array of module name endings",
             10,
         ),
         "adapter.alpha": ("got 0, expected more than 0", 12),

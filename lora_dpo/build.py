@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,20 @@ from typing import Any
 
 import torch
 
-from lora_dpo import __version__, atomic, cache, export, figures, hub, kohya, optimizers, parts, report
+from lora_dpo import (
+    __version__,
+    atomic,
+    cache,
+    checkpoint,
+    export,
+    figures,
+    hub,
+    kohya,
+    optimizers,
+    parts,
+    report,
+    stopping,
+)
 from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
@@ -45,13 +59,18 @@ class Outcome:
     pushed: str | None = None
 
 
-def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet: bool = False) -> Outcome:
+def run(
+    recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet: bool = False, fresh: bool = False
+) -> Outcome:
     """Everything a recipe asks for, in `run_dir`; what is there already is not done again.
 
+    Args:
+        fresh: a run that is there is renamed first, to `run_dir` + ".old-1" or the next free number.
+
     Raises:
-        UserError: input that can't be used, a run directory of another recipe, no disk space.
+        UserError: input that can't be used, a run directory of another recipe or of a living process, no disk space.
         LoraDpoError: training diverged, or the adapter that was written is not the one that was trained.
-        Interrupted: Ctrl-C during training; the run resumes.
+        Interrupted: Ctrl-C or SIGTERM; the run resumes.
     """
     progress = make_progress(quiet=quiet)
     if push_to_hub is not None:
@@ -59,21 +78,42 @@ def run(recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet:
     device = parts.device(recipe.train.device)
     optimizers.require(recipe.train.optimizer, device)
     require_trackers(recipe.output.trackers)
-    held = run_dirs.claim(
-        run_dir, recipes.dump(recipe), lambda file: recipes.differences(recipes.load(str(file)), recipe)
-    )
+    if fresh and (aside := run_dirs.set_aside(run_dir)) is not None:
+        progress.message(f"the run that was there is now in {aside}")
+
+    def differences(file: Path) -> list[str]:
+        return recipes.differences(recipes.load(str(file)), recipe)
+
+    # A finished run is only read; everything else is for one process at a time.
+    held = run_dirs.finished(run_dir, differences)
     if held is not None:
         outcome = Outcome(run_dir, held, already=True)
     else:
-        try:
-            with parts.trackers(recipe, run_dir, progress.message) as trackers:
-                outcome = Outcome(run_dir, _execute(recipe, run_dir, device, progress, trackers.log))
-        finally:
-            progress.stop()
+        with run_dirs.locked(run_dir):
+            run_dirs.claim(run_dir, recipes.dump(recipe), differences)
+            outcome = Outcome(run_dir, _stoppable(recipe, run_dir, device, progress))
     if push_to_hub is not None:
         _write_card(recipe, run_dir, outcome.result, repo=push_to_hub)
         outcome = replace(outcome, pushed=hub.push(run_dir, push_to_hub, _pushed(outcome.result)))
     return outcome
+
+
+def _stoppable(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """`_execute`, with words for Ctrl-C and SIGTERM wherever they come; training itself finishes its step first."""
+    try:
+        with stopping.stoppable() as signal_received:
+            try:
+                with parts.trackers(recipe, run_dir, progress.message) as trackers:
+                    return _execute(recipe, run_dir, device, progress, trackers.log)
+            except KeyboardInterrupt as error:
+                step = checkpoint.newest_step(run_dir)
+                saved = f"step {step} of {recipe.train.steps} is saved in {run_dir}" if step else "no step is saved yet"
+                raise stopping.Interrupted(
+                    f"interrupted; {saved}\n  → run the same command again to resume",
+                    signal_received() or signal.SIGINT,
+                ) from error
+    finally:
+        progress.stop()
 
 
 def _pushed(result: dict[str, Any]) -> list[str]:

@@ -164,6 +164,26 @@ def at(run_dir: Path | str, step: int) -> Checkpoint:
         raise UserError(f"damaged checkpoint ({error})", where=found[step]) from None
 
 
+def newest_step(run_dir: Path | str) -> int:
+    """The step of the newest checkpoint, which is not looked into; 0 if there is none."""
+    return max((step for step, _ in _directories(Path(run_dir) / DIRECTORY)), default=0)
+
+
+def tidy(run_dir: Path | str) -> None:
+    """Remove what a process that was killed while it saved has left behind; only for the directory's one process.
+
+    Raises:
+        UserError: the directory is not writable.
+    """
+    root = Path(run_dir) / DIRECTORY
+    with atomic.clear_os_errors(root):
+        for old in root.glob(".step-*.old"):  # killed between two renames: it is the checkpoint, or superseded
+            final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            shutil.rmtree(old) if final.exists() else old.rename(final)
+        for staging in root.glob(".step-*.partial"):
+            shutil.rmtree(staging)
+
+
 def require_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise a UserError with every key that differs, old → new, if the checkpoint belongs to another run."""
     old, new = _flat(checkpoint.identity), _flat(json.loads(json.dumps(identity)))

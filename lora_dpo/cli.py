@@ -1,7 +1,7 @@
 """The command line: `lora-dpo train RECIPE` and its neighbours.
 
-Exit codes: 0 done, 2 the user's input, 1 anything else, 130 interrupted. Nothing heavy is imported before a command
-needs it, so that help and recipe errors answer at once.
+Exit codes: 0 done, 2 the user's input, 1 anything else, 130 interrupted by Ctrl-C, 143 by SIGTERM. Nothing heavy is
+imported before a command needs it, so that help and recipe errors answer at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import typer
 
 from lora_dpo import __version__
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.stopping import stoppable
 from lora_dpo.tinyworld.commands import group as tinyworld
 
 app = typer.Typer(
@@ -51,14 +53,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug, as_json = "--debug" in options, "--json" in options
     rest = [a for n, a in enumerate(arguments) if not (a == "--debug" and n < len(options))]
+    received = int
     try:
-        app(rest, prog_name="lora-dpo")
-    except SystemExit as exit_:
-        if exit_.code == 130:
-            _fail("interrupted; the same command resumes from the last checkpoint", 130, as_json)
-        raise
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes from the last checkpoint", 130, as_json)
+        with stoppable() as received:
+            app(rest, prog_name="lora-dpo")
+    except (SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, SystemExit) and error.code != 130:
+            raise
+        _fail("interrupted; the same command starts again where it can", 128 + (received() or signal.SIGINT), as_json)
     except Exception as error:
         if debug:
             raise
@@ -136,6 +138,9 @@ def train(
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="REPO", help="Push the adapter here when it is done.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; a run that is in the folder is renamed, never deleted.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +156,9 @@ def train(
     with _reserved_stdout(as_json):
         from lora_dpo import build
 
-        outcome = build.run(resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet)
+        outcome = build.run(
+            resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh
+        )
     if as_json:
         _print_json(outcome.result | {"run_dir": str(directory), "pushed": outcome.pushed})
     else:

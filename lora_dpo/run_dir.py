@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_dpo import atomic
 from lora_dpo.errors import UserError
+from lora_dpo.run_lock import LOCK, locked
 
 RECIPE, RESULT, METRICS = "recipe.toml", "result.json", "metrics.jsonl"
 ADAPTER, KOHYA, SAMPLES = "adapter", "kohya", "samples"
 GRID, CURVES, CARD = "before_after.png", "curves.png", "README.md"
 
 
-def claim(run_dir: Path, recipe: str, differences: Callable[[Path], list[str]]) -> dict[str, Any] | None:
-    """Makes the directory this recipe's; the result, if the run is finished with just this recipe.
-
-    Keys of `evaluate` may differ: the recipe is then replaced and the result taken away, while all that was trained
-    stays.
+def finished(run_dir: Path, differences: Callable[[Path], list[str]]) -> dict[str, Any] | None:
+    """The result, if the run in this directory is finished with just this recipe. Nothing is written.
 
     Args:
-        recipe: the resolved recipe as TOML.
         differences: which keys of the recipe in a file differ from this one's, where that matters.
 
     Raises:
-        UserError: the directory belongs to another recipe, holds other things, or can't be written.
+        UserError: the directory belongs to another recipe, or holds other things.
     """
     held = run_dir / RECIPE
     with atomic.clear_os_errors(run_dir):
@@ -40,21 +38,66 @@ def claim(run_dir: Path, recipe: str, differences: Callable[[Path], list[str]]) 
                 raise UserError(
                     f"this run directory belongs to another recipe, which differs in {', '.join(others)}",
                     where=run_dir,
-                    hint=f"give another --run-dir, or train the recipe that is there: {held}",
+                    hint=f"give another --run-dir, train the recipe that is there ({held}), or start over with --fresh",
                 )
-            if not differing and (result := read_result(run_dir)) is not None:
-                return result
-        elif run_dir.is_dir() and (names := sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("."))):
+            return None if differing else read_result(run_dir)
+        if run_dir.is_dir() and (names := sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("."))):
             raise UserError(
                 f"this folder is no run directory: it holds {', '.join(names[:3])} and no {RECIPE}",
                 where=run_dir,
                 hint="give a new or an empty folder as --run-dir",
             )
+    return None
+
+
+def claim(run_dir: Path, recipe: str, differences: Callable[[Path], list[str]]) -> dict[str, Any] | None:
+    """Makes the directory this recipe's; the result, if the run is finished with just this recipe.
+
+    Keys of `evaluate` may differ: the recipe is then replaced and the result taken away, while all that was trained
+    stays. Call it under the directory's lock.
+
+    Args:
+        recipe: the resolved recipe as TOML.
+        differences: as for `finished`.
+
+    Raises:
+        UserError: as `finished`, or the directory can't be written.
+    """
+    if (result := finished(run_dir, differences)) is not None:
+        return result
+    with atomic.clear_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
+        _remove_partial_files(run_dir)
         # The result first: it must never stand beside a recipe that it doesn't belong to.
         (run_dir / RESULT).unlink(missing_ok=True)
-        atomic.replace(held, recipe.encode())
+        atomic.replace(run_dir / RECIPE, recipe.encode())
     return None
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Renames a run directory to the first free of `NAME.old-1`, `NAME.old-2`, …; None if there is none to rename.
+
+    Raises:
+        UserError: a process is at work in it, it holds other things than a run, or it can't be renamed.
+    """
+    if not (run_dir / RECIPE).exists():
+        return None
+    run_dir = Path(os.path.abspath(run_dir))
+    with locked(run_dir), atomic.clear_os_errors(run_dir):
+        number = 1
+        while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+            number += 1
+        run_dir.rename(aside)
+        (aside / LOCK).unlink(missing_ok=True)
+        atomic.sync_directory(run_dir.parent)
+    return aside
+
+
+def _remove_partial_files(run_dir: Path) -> None:
+    """What a killed process was writing."""
+    for folder in (run_dir, *(run_dir / name for name in (ADAPTER, KOHYA, SAMPLES))):
+        for partial in folder.glob(".*.partial"):
+            partial.unlink()
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:

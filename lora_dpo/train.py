@@ -25,16 +25,11 @@ from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
 from lora_dpo.metrics_file import MetricsFile
 from lora_dpo.progress import Progress
+from lora_dpo.stopping import Interrupted
 from lora_dpo.watch import SPIKE_STEPS, Line, Watch
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
 Precision = Literal["float32", "bfloat16"]
-
-
-class Interrupted(LoraDpoError):
-    """Ctrl-C or SIGTERM: the run is saved and resumes."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -127,6 +122,7 @@ def train(
     def batches() -> Iterator[StepBatch]:
         return method.batches(done + sum(bad - good for bad, good in rollbacks))
 
+    checkpoint.tidy(run_dir)
     found = checkpoint.latest(run_dir, reporter.message)
     if found is not None:
         checkpoint.require_identity(found, identity)
@@ -220,7 +216,8 @@ def train(
             if stop_requested():
                 raise Interrupted(
                     f"interrupted; step {done} of {steps} is saved in {run_dir}\n"
-                    "  → run the same command again to resume"
+                    "  → run the same command again to resume",
+                    stop_requested(),
                 )
     exported = done
     if export == "best" and best is not None and best != done:
@@ -344,11 +341,14 @@ def _not_finite(what: str, batch: StepBatch, places: list[int], run_dir: Path) -
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask once; after that the previous handlers are back, so a second one leaves at once."""
-    asked = threading.Event()
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """Ctrl-C and SIGTERM ask once; after that the previous handlers are back, so a second one leaves at once.
+
+    Gives a function that tells which signal asked; 0: none.
+    """
+    asked = 0
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set  # signals go to the main thread; its owner decides there
+        yield lambda: asked  # signals go to the main thread; its owner decides there
         return
     previous: dict[int, Any] = {}
 
@@ -358,7 +358,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
+        nonlocal asked
+        asked = number
         restore()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"stopping after this step; once more to stop at once, unsaved\n")
@@ -366,6 +367,6 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
         restore()

@@ -16,8 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The lines of docs/architecture.md, lowest first. A folder stands for all of its files, unless one is named apart.
 LAYERS: list[set[str]] = [
     {"", "errors"},  # "" is lora_dpo/__init__.py
-    {"atomic", "ema", "randomness", "progress", "recipe_toml", "watch"},
-    {"methods.losses", "metrics_file", "recipe_errors", "summary"},
+    {"atomic", "ema", "randomness", "progress", "recipe_toml", "stopping", "watch"},
+    {"methods.losses", "metrics_file", "recipe_errors", "run_lock", "summary"},
     {"recipe_checks", "recipe_sections"},
     {"recipe", "tinyworld"},
     {"data", "families", "scorers", "adapters"},
@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
 OWNERS_OF_THE_RECIPE = {"build", "cli", "parts", "reexport"}
 RECIPE = {"recipe", "recipe_toml", "recipe_errors", "recipe_checks", "recipe_sections"}
 # No heavy import, not even inside a function; `cli` reaches them through `build` when a command runs.
-LIGHT = {"", "__main__", "cli", "errors", "progress", "summary", "tinyworld.commands", *RECIPE}
+LIGHT = {"", "__main__", "cli", "errors", "progress", "stopping", "summary", "tinyworld.commands", *RECIPE}
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "datasets", "matplotlib", "pyarrow", "numpy",
     "PIL", "scipy", "bitsandbytes", "safetensors", "huggingface_hub",

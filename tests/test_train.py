@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,13 +199,29 @@ def test_a_signal_finishes_the_step_and_saves(finished, tmp_path, number, capfd)
 
     with pytest.raises(Interrupted, match=r"step 4 of 6 is saved .*\n.*run the same command again") as error:
         victim.train(method=watch(victim, 3, ask_once), save_every_steps=100)
-    assert error.value.exit_code == 130
+    assert error.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
     assert "stopping after this step" in capfd.readouterr().err
     resumed = Run(tmp_path, dropout=0.1)
     assert resumed.train().resumed_from == 4
     assert_same(resumed.adapters.state_dict(), finished.adapters.state_dict())
     assert timeless(tmp_path) == timeless(finished.directory)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_death_between_the_renames_of_a_checkpoint_loses_nothing(tmp_path, renamed):
+    """Written over one that is there, a checkpoint is absent for a moment, and the old one beside it."""
+    Run(tmp_path).train(4)
+    checkpoints = tmp_path / "checkpoints"
+    newest = checkpoints / "step-00000004"
+    shutil.copytree(newest, checkpoints / ".step-00000004.old")
+    (checkpoints / ".step-00000005.partial").mkdir()
+    if not renamed:
+        shutil.rmtree(newest)
+    again = Run(tmp_path)
+    assert again.train(6).resumed_from == 4
+    assert sorted(path.name for path in checkpoints.iterdir())[-1] == "step-00000006"
+    assert not list(checkpoints.glob(".*"))
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):

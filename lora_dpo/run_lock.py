@@ -1,0 +1,107 @@
+"""One process at a time in a run directory: the operating system's lock, which dies with its holder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lora_dpo import atomic
+from lora_dpo.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Scope in which no other process is in `directory`, which is made if need be.
+
+    The lock is the kernel's (flock), not the file: whoever dies lets go of it, and a file left behind blocks nobody.
+
+    Raises:
+        UserError: another process is there, which is named; or the directory can't be written.
+    """
+    path = directory / LOCK
+    with atomic.clear_os_errors(directory):
+        if directory.exists() and not directory.is_dir():
+            raise UserError("this is a file", where=directory, hint="give a folder as --run-dir")
+        directory.mkdir(parents=True, exist_ok=True)
+        file = _acquired(path)
+    try:
+        yield
+    finally:
+        # Removed while it is still held; whoever opened it meanwhile sees that it is no longer the directory's.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _acquired(path: Path) -> IO[bytes]:
+    while True:
+        file = path.open("ab+")
+        try:
+            if not _lock(file):
+                raise UserError(
+                    f"another process is at work in this run directory: {_holder(path)}",
+                    where=path.parent,
+                    hint="wait until it is done, stop it, or give another --run-dir",
+                )
+            with contextlib.suppress(OSError):  # on Windows an open file can't be removed, nor its entry change
+                if not _same(file, path):
+                    file.close()
+                    continue
+            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            file.truncate(0)
+            file.write(json.dumps(about).encode())
+            file.flush()
+            return file
+        except BaseException:
+            file.close()
+            raise
+
+
+def _same(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        about: dict[str, Any] = json.loads(path.read_bytes())
+        return f"pid {about['pid']} on {about['host']}, since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not yet written who it is"
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: IO[bytes]) -> bool:
+        file.seek(2**30)  # a byte that nobody writes: locked ones can't be read by others
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import errno
+    import fcntl
+
+    def _lock(file: IO[bytes]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            # A file system without locks: no reason not to train on it.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        return True

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: the first unwinds whatever is going on, the second leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lora_dpo.errors import LoraDpoError
+
+
+class Interrupted(LoraDpoError):
+    """A run was asked to stop and can be resumed.
+
+    Args:
+        number: the signal; the exit code is 128 + it, as shells count: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Stop(KeyboardInterrupt):
+    """Raised by the first signal, wherever the program is. A KeyboardInterrupt, so that nothing takes it for an error.
+
+    Attributes:
+        number: the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[Callable[[], int]]:
+    """Scope in which Ctrl-C and SIGTERM raise `Stop` once; a second one ends the process there and then.
+
+    Gives a function that tells which signal came; 0: none.
+    """
+    received = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: received  # signals go to the main thread; its owner decides there
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal received
+        received = number
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stop(number)
+
+    try:
+        for number in numbers:
+            # A script's background job is started with Ctrl-C ignored: it is not meant.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop)
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (SystemExit, KeyboardInterrupt) as error:
         if isinstance(error, SystemExit) and error.code != 130:
             raise
-        _fail("interrupted; the same command starts again where it can", 128 + (received() or signal.SIGINT), as_json)
+        _fail("interrupted; the same command resumes where it can", 128 + (received() or signal.SIGINT), as_json)
     except Exception as error:
         if debug:
             raise
@@ -217,6 +218,26 @@ def export(
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+@app.command()
+def doctor(
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where runs will go.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Tell what this machine has and what of it works; exit code 1 if something is broken that a run needs."""
+    from lora_dpo import doctor as doctors
+    from lora_dpo import doctor_table
+    from lora_dpo.recipe import default_cache_dir
+
+    with _reserved_stdout(as_json), doctor_table.waiting(sys.stderr) as step:
+        findings = doctors.examine(run_dir, default_cache_dir(), step=step)
+    healthy = doctors.healthy(findings)
+    if as_json:
+        _print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
+    else:
+        doctor_table.show(findings, sys.stdout)
+    raise typer.Exit(0 if healthy else 1)
 
 
 @app.command()

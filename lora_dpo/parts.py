@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,9 +142,7 @@ def scorer(recipe: Recipe) -> Scorer | None:
 def cache_dir(recipe: Recipe) -> Path:
     if recipe.output.cache_dir is not None:
         return Path(recipe.output.cache_dir)
-    if chosen := os.environ.get("LORA_DPO_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
+    return recipes.default_cache_dir()
 
 
 def trackers(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) -> Trackers:

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from enum import Enum, auto
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +47,8 @@ def _acquired(path: Path) -> IO[bytes]:
     while True:
         file = path.open("ab+")
         try:
-            if not _lock(file):
+            # Without locks, as on some network file systems, training goes on; `lora-dpo doctor` tells.
+            if try_lock(file) is Answer.ANOTHERS:
                 raise UserError(
                     f"another process is at work in this run directory: {_holder(path)}",
                     where=path.parent,
@@ -81,27 +83,37 @@ def _holder(path: Path) -> str:
         return "it has not yet written who it is"
 
 
+class Answer(Enum):
+    """Of the operating system, asked for a lock."""
+
+    OURS = auto()
+    ANOTHERS = auto()
+    UNSUPPORTED = auto()  # the file system has none
+
+
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: IO[bytes]) -> bool:
+    def try_lock(file: IO[bytes]) -> Answer:
+        """Asks for the lock of an open file, which lasts until the file is closed or the process dies."""
         file.seek(2**30)  # a byte that nobody writes: locked ones can't be read by others
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
-            return False
-        return True
+            return Answer.ANOTHERS
+        return Answer.OURS
 else:
     import errno
     import fcntl
 
-    def _lock(file: IO[bytes]) -> bool:
+    def try_lock(file: IO[bytes]) -> Answer:
+        """Asks for the lock of an open file, which lasts until the file is closed or the process dies."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
+            return Answer.ANOTHERS
         except OSError as error:
-            # A file system without locks: no reason not to train on it.
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
-        return True
+            return Answer.UNSUPPORTED
+        return Answer.OURS

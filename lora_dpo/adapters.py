@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -83,9 +83,8 @@ class Adapters:
             raise LoraDpoError("the denoiser has adapters already; detach them first")
         names = target_names(denoiser, targets)
         # `lora_alpha` is the alpha itself; peft divides by the rank.
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=names, bias="none"
-        )  # pyright: ignore[reportArgumentType]
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
+        config = LoraConfig(target_modules=names, bias="none", **options)
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, denoiser, adapter_name=NAME)
         layers = {name: m for name, m in sorted(denoiser.named_modules()) if isinstance(m, LoraLayer)}

@@ -9,6 +9,7 @@ import gzip
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -33,7 +34,8 @@ _OPEN_CLIP = (
 def tokenizer(pad_token: str) -> CLIPTokenizer:
     """CLIP's 49408 tokens, 77 to a text; OpenAI's encoder pads with "<|endoftext|>", OpenCLIP's with "!"."""
     vocabulary, merges = _vocabulary()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=MAX_TOKENS)
+    pairs: Any = merges  # CLIPTokenizer's own signature says strings; the tokenizers library takes pairs
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=pad_token, model_max_length=MAX_TOKENS)
 
 
 @cache

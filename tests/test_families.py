@@ -8,14 +8,16 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDPMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 
 from lora_dpo.errors import LoraDpoError, UserError
-from lora_dpo.families import Moments, geometry, uncropped
+from lora_dpo.families import Moments, NotFiniteError, geometry, uncropped
 from lora_dpo.families.schedule import Schedule
 from lora_dpo.families.sdxl import SDXL
 from lora_dpo.families.stable_diffusion import StableDiffusion
@@ -201,8 +203,56 @@ def test_moments_that_are_not_finite_are_an_error(sd_path):
     family = StableDiffusion(sd_path)
     spoilt = pixels(3)
     spoilt[1, 0, 0, 0] = float("nan")
-    with pytest.raises(LoraDpoError, match="NaN or infinite values for image 1 of the batch"):
+    with pytest.raises(NotFiniteError, match="NaN or infinite values for image 1 of the batch") as caught:
         family.encode_images(spoilt)
+    assert caught.value.images == [1]
+    assert "look at the picture, or name another VAE with base.vae" in str(caught.value)
+
+
+def _with_weights(path, target, change):
+    """A copy of the base whose VAE's weights went through `change`."""
+    shutil.copytree(path, target)
+    file = target / "vae/diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return target
+
+
+def test_a_vae_with_broken_weights_is_named_with_the_remedy(sdxl_path, tmp_path):
+    broken = _with_weights(
+        sdxl_path, tmp_path / "broken", lambda weights: weights | {"quant_conv.bias": torch.full((8,), float("inf"))}
+    )
+    with pytest.raises(NotFiniteError, match="for image 0, 1 of the batch") as caught:
+        SDXL(broken).encode_images(pixels())
+    assert "its weights have such values themselves (quant_conv.bias)" in str(caught.value)
+    assert "madebyollin/sdxl-vae-fp16-fix" in str(caught.value)
+    assert SDXL(broken, vae=sdxl_path).encode_images(pixels()).mean.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_vae_that_overflows_in_float16_encodes_and_decodes_in_float32(dtype, sdxl_path, tmp_path):
+    """As SDXL's own does: its activations pass 65504, where normalisation brings them back in float32."""
+
+    def loud(weights):
+        return {
+            name: tensor * (1e6 if name.endswith(("coder.conv_in.weight", "coder.conv_in.bias")) else 1)
+            for name, tensor in weights.items()
+        }
+
+    path = _with_weights(sdxl_path, tmp_path / "loud", loud)
+    config = path / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"force_upcast": True}))
+    vae = AutoencoderKL.from_pretrained(path / "vae")
+    in_half = vae.half().encode(pixels().half() * 2 - 1).latent_dist.mean
+    assert not in_half.isfinite().all()
+    family = SDXL(path, dtype=dtype)
+    moments = family.encode_images(pixels())
+    stock = AutoencoderKL.from_pretrained(path / "vae").encode(pixels() * 2 - 1).latent_dist
+    assert torch.equal(moments.mean, stock.mean)
+    assert moments.mean.isfinite().all()
+    assert family.decode(family.latents(moments, noise(family, 2))).isfinite().all()
+    picture = family.pipeline()("p", num_inference_steps=1, height=64, width=64, output_type="pt").images
+    assert picture.isfinite().all()
+    assert picture.std() > 0  # black pictures are what the overflow is known for
 
 
 def test_prediction_is_the_unets_own(family):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lora_dpo.errors import UserError
 from lora_dpo.families.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -22,6 +24,19 @@ class Moments(NamedTuple):
 
     mean: Tensor
     std: Tensor
+
+
+class NotFiniteError(UserError):
+    """Moments with NaN or infinite values.
+
+    Attributes:
+        images: their places in the batch.
+    """
+
+    def __init__(self, images: Sequence[int], where: object, hint: str) -> None:
+        self.images = list(images)
+        places = ", ".join(map(str, self.images))
+        super().__init__(f"the VAE's moments have NaN or infinite values for image {places} of the batch", where, hint)
 
 
 def geometry(
@@ -63,7 +78,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_images(self, pixels: Float[Tensor, "b 3 H W"]) -> Moments:
-        """The posterior of pictures in [0, 1]; LoraDpoError if it isn't finite."""
+        """The posterior of pictures in [0, 1], computed in float32; NotFiniteError if it isn't finite."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

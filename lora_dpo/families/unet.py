@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from lora_dpo.errors import LoraDpoError, UserError
-from lora_dpo.families import Family, Moments
+from lora_dpo.errors import UserError
+from lora_dpo.families import Family, Moments, NotFiniteError
 from lora_dpo.families.files import ModelFiles
 from lora_dpo.families.folder import PipelineFolder
 from lora_dpo.families.schedule import Schedule
@@ -93,8 +93,7 @@ class UNetFamily(Family):
         moments = Moments(posterior.mean, posterior.std)
         finite = torch.stack([part.isfinite().flatten(1).all(dim=1) for part in moments]).all(dim=0)
         if not finite.all():
-            bad = ", ".join(str(index) for index in (~finite).nonzero().flatten().tolist())
-            raise LoraDpoError(f"the VAE's moments have NaN or infinite values for image {bad} of the batch")
+            raise NotFiniteError((~finite).nonzero().flatten().tolist(), self.folder.path, self._why_not_finite())
         return moments
 
     @final
@@ -160,6 +159,13 @@ class UNetFamily(Family):
             # Pipelines hand over latents in the denoiser's dtype, and this VAE stays in float32.
             first.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
         return self._vae
+
+    def _why_not_finite(self) -> str:
+        other = "name another VAE with base.vae (for SDXL: madebyollin/sdxl-vae-fp16-fix)"
+        spoilt = [name for name, tensor in self._autoencoder().state_dict().items() if not tensor.isfinite().all()]
+        if spoilt:
+            return f"its weights have such values themselves ({spoilt[0]}): download it again, or {other}"
+        return f"it computes in float32, so float16 is not the cause: look at the picture, or {other}"
 
     def _encoders(self) -> list[tuple[CLIPTokenizer, Any]]:
         if self._texts is None:

@@ -138,6 +138,9 @@ def _execute(
     )
     kept = pairs.report
     progress.message(kept.summary())
+    cut = len(family.cut_prompts(list(pairs.prompts)))
+    if cut:
+        progress.message(report.cut_captions(cut, len(pairs.prompts)))
     kept_out = _held_out_pairs(recipe, family, directory, progress)
     prompts = _prompts(recipe)
 
@@ -187,7 +190,14 @@ def _execute(
         "exported_step": trained.exported_step,
         "rollbacks": trained.rollbacks,
         "pairs": len(pairs),
-        "data": {"rows": kept.rows, "kept": kept.kept, "dropped": dict(kept.dropped), "summary": kept.summary()},
+        "data": {
+            "rows": kept.rows,
+            "kept": kept.kept,
+            "dropped": dict(kept.dropped),
+            "summary": kept.summary(),
+            "captions": len(pairs.prompts),
+            "captions_cut": cut,
+        },
         "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
         "verification": asdict(verified),
         "implicit": implicit.to_json() if implicit is not None else None,

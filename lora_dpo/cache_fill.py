@@ -28,7 +28,7 @@ from lora_dpo.cache_store import HINT, Store, digest
 from lora_dpo.data import Preference, PreferenceSource, SourceReport
 from lora_dpo.data.images import centre_square, decode, to_pixels
 from lora_dpo.errors import LoraDpoError, UserError
-from lora_dpo.families import Family, geometry
+from lora_dpo.families import Family, NotFiniteError, geometry
 
 PROMPTS_PER_BATCH = 64
 EMPTY = ""
@@ -157,9 +157,10 @@ class _Chunk:
         pixels = torch.stack([pixels for pixels, _, _ in self._waiting.values()])
         try:
             moments = self._work.family.encode_images(pixels)
-        except LoraDpoError as error:
-            origins = ", ".join(f"{place}: {origin}" for place, (_, _, origin) in enumerate(self._waiting.values()))
-            raise LoraDpoError(f"{error} (the batch is {origins})") from error
+        except NotFiniteError as error:
+            origins = [origin for _, _, origin in self._waiting.values()]
+            bad = ", ".join(dict.fromkeys(origins[index] for index in error.images))
+            raise UserError("the VAE's moments have NaN or infinite values for a picture", bad, error.hint) from error
         sizes = torch.cat([size for _, size, _ in self._waiting.values()])
         self._work.images.add(list(self._waiting), {"mean": moments.mean, "std": moments.std, "geometry": sizes})
         self._waiting.clear()

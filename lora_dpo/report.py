@@ -62,7 +62,7 @@ def model_card(
         "## Results",
         *_results(result, sampling or {}),
         "## Training data",
-        _data(data_source, data_report),
+        _data(data_source, data_report, result.get("data", {})),
         "## Method",
         _method(result, method, settings, sum_form_beta, resolution),
         *([f"![Training curves]({curves})"] if curves else []),
@@ -166,11 +166,18 @@ def _verdict(overall: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]])
     return text
 
 
-def _data(source: str, report: SourceReport) -> str:
+def cut_captions(cut: int, captions: int) -> str:
+    """The sentence about captions that are longer than the text encoder's window."""
+    return f"{cut:,} of {captions:,} captions are longer than the text encoder reads: the ends of them are cut off."
+
+
+def _data(source: str, report: SourceReport, counted: Mapping[str, Any]) -> str:
     shown = "the tiny world's embedded pairs" if source == TINYWORLD else f"`{_name(source)}`"
     text = f"From {shown}: {report.rows:,} comparisons, of which {report.kept:,} were used"
     dropped = [f"{count:,} {_line(reason)}" for reason, count in report.dropped.most_common()]
-    return f"{text}; left out: {', '.join(dropped)}." if dropped else f"{text}."
+    text = f"{text}; left out: {', '.join(dropped)}." if dropped else f"{text}."
+    cut = counted.get("captions_cut")
+    return f"{text} {cut_captions(cut, counted['captions'])}" if cut else text
 
 
 def _method(

@@ -17,6 +17,7 @@ from lora_dpo.data import Preference, PreferenceSource, SourceReport
 from lora_dpo.data.images import centre_square, decode, to_pixels
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.families import NotFiniteError
 from lora_dpo.families.sdxl import SDXL
 from lora_dpo.families.stable_diffusion import StableDiffusion
 from tests.support.models import save_random_pairs, save_random_sd, save_random_sdxl
@@ -266,9 +267,29 @@ def test_moments_that_are_not_finite_name_their_origin(counted, pairs, tmp_path,
     family.encode_images(torch.rand(1, 3, 32, 32))
     with torch.no_grad():
         family._autoencoder().encoder.conv_in.weight.fill_(float("inf"))
-    with pytest.raises(LoraDpoError, match=r"NaN or infinite .*pairs\.parquet:\d"):
+    with pytest.raises(LoraDpoError, match=r"pairs\.parquet:\d.*NaN or infinite values for a picture") as caught:
         fill(PickAPicParquet(pairs), family, tmp_path, 32)
+    assert "name another VAE with base.vae" in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_of_a_batch_only_the_bad_picture_is_named(counted, pairs, tmp_path, monkeypatch):
+    family, _ = counted
+    encode = family.encode_images
+
+    def spoilt(pixels):
+        pixels = pixels.clone()
+        pixels[2, 0, 0, 0] = float("nan")
+        return encode(pixels)
+
+    monkeypatch.setattr(family, "encode_images", spoilt)
+    with pytest.raises(NotFiniteError) as first:
+        family.encode_images(torch.rand(3, 3, 32, 32))
+    assert first.value.images == [2]
+    second = list(PickAPicParquet(pairs))[1].origin  # two pictures a pair: the third is the second pair's
+    with pytest.raises(LoraDpoError, match="for a picture") as caught:
+        fill(PickAPicParquet(pairs), family, tmp_path, 32)
+    assert str(caught.value).startswith(f"{second}: ")
 
 
 def test_a_resolution_the_vae_cannot_take(sdxl_path, pairs, tmp_path):

@@ -142,14 +142,26 @@ def test_without_forced_zeros_the_empty_prompt_is_encoded(sdxl_path, tmp_path):
     assert torch.equal(pooled, negative_pooled)
 
 
-def test_stable_diffusions_conditioning_is_the_stock_pipelines(sd, sd_path):
-    stock = StableDiffusionPipeline.from_pretrained(sd_path)
+@pytest.mark.parametrize(("version", "prediction_type"), [(1, "epsilon"), (2, "epsilon"), (2, "v_prediction")])
+def test_stable_diffusions_conditioning_is_the_stock_pipelines(version, prediction_type, tmp_path):
+    path = save_random_sd(tmp_path / "sd", version=version, prediction_type=prediction_type)
+    stock, sd = StableDiffusionPipeline.from_pretrained(path), StableDiffusion(path)
     embeds, negative = stock.encode_prompt(PROMPTS, "cpu", 1, True)
     ours = sd.encode_prompts(PROMPTS)
     assert list(ours) == ["prompt_embeds"]
     assert torch.equal(ours["prompt_embeds"], embeds)
     assert torch.equal(embeds[1], negative[1])
     assert sd.with_geometry(ours, uncropped(64, 64, 3)) is ours
+
+
+def test_prompts_beyond_the_text_encoders_window_are_told(family):
+    window = 16 - 2  # the random models' tokens, without start and end; one per letter
+    fitting, cut = "x" * window, "x" * (window + 1)
+    assert family.cut_prompts([fitting, cut, "", PROMPTS[2]]) == [cut, PROMPTS[2]]
+    conditioning = family.encode_prompts([cut, cut + " and more"])
+    for tensor in conditioning.values():
+        assert torch.equal(tensor[0], tensor[1])
+    assert family.cut_prompts([]) == []
 
 
 def test_geometry_stands_in_sdxls_order(sdxl, sdxl_path):

@@ -265,3 +265,9 @@ def test_the_lines_that_load_the_base_know_its_file_revision_and_prediction() ->
     assert "from_pretrained" not in text
     pinned = card(run() | {"base_options": {"revision": "fp16"}}, base_model="owner/name")
     assert """from_pretrained("owner/name", revision='fp16')""" in pinned
+
+
+def test_captions_that_were_cut_are_counted_in_the_card() -> None:
+    cut = card(run() | {"data": {"captions": 1200, "captions_cut": 7}})
+    assert "7 of 1,200 captions are longer than the text encoder reads" in cut
+    assert "longer than" not in card(run() | {"data": {"captions": 1200, "captions_cut": 0}})

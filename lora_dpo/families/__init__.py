@@ -85,6 +85,10 @@ class Family(ABC):
         """Batch-first tensors, as the family's stock pipeline computes them; "" is its unconditional embedding."""
 
     @abstractmethod
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """Those of them that are too long for the text encoders, which read no more than their beginnings."""
+
+    @abstractmethod
     def with_geometry(self, conditioning: Conditioning, geometry: Int[Tensor, "b 6"]) -> Conditioning:
         """The conditioning with the pictures' sizes and crops, where the model looks at them."""
 

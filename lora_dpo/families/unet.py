@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -95,6 +96,17 @@ class UNetFamily(Family):
         if not finite.all():
             raise NotFiniteError((~finite).nonzero().flatten().tolist(), self.folder.path, self._why_not_finite())
         return moments
+
+    @final
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
+        cut: set[int] = set()
+        for component in self.text_components:
+            if component.startswith("tokenizer"):
+                tokenizer = self.folder.tokenizer(component)
+                for start in range(0, len(prompts), 4096):
+                    ids = tokenizer(list(prompts[start : start + 4096]), verbose=False)["input_ids"]
+                    cut |= {start + i for i, row in enumerate(ids) if len(row) > tokenizer.model_max_length}
+        return [prompts[index] for index in sorted(cut)]
 
     @final
     def latents(self, moments: Moments, noise: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -47,7 +47,7 @@ class ToyFamily(Family):
     def encode_images(self, pixels):
         raise AssertionError("the toy's pairs are encoded")
 
-    encode_prompts = decode = release_encoders = release = pipeline = fingerprint = encode_images  # pyright: ignore
+    encode_prompts = cut_prompts = decode = release_encoders = release = pipeline = fingerprint = encode_images  # pyright: ignore
 
 
 class ToyPairs(CachedPairs):

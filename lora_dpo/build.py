@@ -307,7 +307,7 @@ def _train(
         keep_checkpoints=chosen.keep_checkpoints,
         precision=chosen.precision,
         ema_decay=chosen.ema_decay,
-        spike_factor=chosen.spike_factor,
+        spike_factor=chosen.spike_factor or None,
         held_out=measure if recipe.evaluate.every_steps is not None else None,
         held_out_every_steps=recipe.evaluate.every_steps,
         export=recipe.evaluate.checkpoint,

@@ -1,5 +1,5 @@
 """Atomic checkpoints: `checkpoints/step-00000100/{adapter.safetensors, optimizer.safetensors, state.json}`, and
-`ema.safetensors` where an average of the weights is kept.
+`averaged.safetensors` where an average of the weights is what is to be used.
 
 A checkpoint is written beside its place and renamed, so it is complete or absent; `state.json` holds checksums, so a
 damaged one is recognised and the one before it used. No pickle.
@@ -27,7 +27,12 @@ from lora_dpo.errors import UserError
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
-_ADAPTER, _OPTIMIZER, _EMA, _STATE = "adapter.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
+_ADAPTER, _OPTIMIZER, _AVERAGED, _STATE = (
+    "adapter.safetensors",
+    "optimizer.safetensors",
+    "averaged.safetensors",
+    "state.json",
+)
 _TREE = "tree"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -46,9 +51,9 @@ class Checkpoint:
     versions: dict[str, str]
     rollbacks: list[tuple[int, int]] = field(default_factory=list)
 
-    def ema(self) -> dict[str, Tensor] | None:
-        """The average of the weights; None if the run keeps none."""
-        return safetensors.torch.load_file(self.path / _EMA) if (self.path / _EMA).exists() else None
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The average of the weights, which is what is to be used; None if the run keeps none."""
+        return safetensors.torch.load_file(self.path / _AVERAGED) if (self.path / _AVERAGED).exists() else None
 
     def adapter(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.path / _ADAPTER)
@@ -68,15 +73,21 @@ def save(
     adapter: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     identity: Mapping[str, Any],
-    ema: Mapping[str, Tensor] | None = None,
+    averaged: Mapping[str, Tensor] | None = None,
     rollbacks: Sequence[tuple[int, int]] = (),
     keep: int | None = None,
+    every: int = 1,
     besides: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the last `keep` (None: remove nothing) and that of `besides`.
+    """Write the checkpoint of `step`, then remove all but the last `keep` regular ones, this one and that of `besides`.
 
     Args:
         adapter: names → tensors on the CPU.
+        averaged: of the weights, where that is what is to be used.
+        rollbacks: see `Checkpoint`.
+        keep: None: remove nothing.
+        every: a regular one's step is a multiple of this. What an interruption saves must not push another out, or
+            the checkpoints that are there would depend on it.
         optimizer: an optimizer's `state_dict()`.
         identity: JSON values that a resumed run must agree on.
 
@@ -96,8 +107,8 @@ def save(
                 _ADAPTER: safetensors.torch.save({name: t.contiguous() for name, t in adapter.items()}),
                 _OPTIMIZER: safetensors.torch.save(tensors, metadata={_TREE: json.dumps(tree)}),
             }
-            if ema is not None:
-                contents[_EMA] = safetensors.torch.save({name: t.contiguous() for name, t in ema.items()})
+            if averaged is not None:
+                contents[_AVERAGED] = safetensors.torch.save({name: t.contiguous() for name, t in averaged.items()})
             files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
             state = {
                 "format": FORMAT,
@@ -116,10 +127,16 @@ def save(
             raise
     if keep is not None:
         # Later steps are damaged ones that `latest` passed over: they must not push good ones out.
-        for number, path in [found for found in _directories(root) if found[0] <= step][keep:]:
-            if number != besides:
-                shutil.rmtree(path, ignore_errors=True)
+        earlier = [number for number in steps(run_dir) if number <= step]
+        kept = {step, besides, *[number for number in earlier if number % every == 0][:keep]}
+        for number in set(earlier) - kept:
+            shutil.rmtree(root / f"step-{number:08d}", ignore_errors=True)
     return final
+
+
+def steps(run_dir: Path | str) -> list[int]:
+    """Of all checkpoints, newest first."""
+    return [step for step, _ in _directories(Path(run_dir) / DIRECTORY)]
 
 
 def remove_after(run_dir: Path | str, step: int) -> None:
@@ -129,17 +146,20 @@ def remove_after(run_dir: Path | str, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def latest(run_dir: Path | str, warn: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
+def latest(
+    run_dir: Path | str, warn: Callable[[str], None], at_most: int | None = None, every: int = 1
+) -> Checkpoint | None:
     """The newest intact checkpoint, or None; `warn` is told of every damaged one that is passed over.
 
     Args:
         at_most: of this step or an earlier one.
+        every: of a multiple of this only.
 
     Raises:
         UserError: the newest intact one is of a later format than this version reads.
     """
     for step, path in _directories(Path(run_dir) / DIRECTORY):
-        if at_most is not None and step > at_most:
+        if (at_most is not None and step > at_most) or step % every:
             continue
         try:
             return _verified(step, path)
@@ -218,7 +238,7 @@ def _verified(step: int, path: Path) -> Checkpoint:
         )
     if state["step"] != step:
         raise ValueError(f"it says step {state['step']}")
-    if set(state["files"]) not in ({_ADAPTER, _OPTIMIZER}, {_ADAPTER, _OPTIMIZER, _EMA}):
+    if set(state["files"]) not in ({_ADAPTER, _OPTIMIZER}, {_ADAPTER, _OPTIMIZER, _AVERAGED}):
         raise ValueError("its list of files is wrong")
     for name, file in state["files"].items():
         data = (path / name).read_bytes()

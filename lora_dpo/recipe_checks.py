@@ -142,6 +142,14 @@ def _optimizer(view: _View) -> Found:
         )
 
 
+def _spike(view: _View) -> Found:
+    if 0 < view["train.spike_factor"] <= 1:
+        yield (
+            ("train", "spike_factor"),
+            f"got {view['train.spike_factor']:g}: a fresh adapter is at 1; give more, or 0 for never",
+        )
+
+
 def _ema(view: _View) -> Found:
     if view["train.ema_decay"] is not None and view["train.optimizer"] == "schedule_free_adamw":
         yield ("train", "ema_decay"), "schedule_free_adamw averages the weights itself: leave one of the two out"
@@ -157,6 +165,6 @@ def _held_out(view: _View) -> Found:
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _splits, _columns, _scorer,
-    _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _ema,
-    _held_out,
+    _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _spike,
+    _ema, _held_out,
 )  # fmt: skip

@@ -110,8 +110,8 @@ class Train(Section):
         default=None,
         description="average the adapter's weights, and evaluate and export the average; 0.99 for instance",
     )
-    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
-        default=2.0, description="go back when the winners' error is this many times the reference's"
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        default=2.0, description="go back when the winners' error is this many times the reference's; 0: never"
     )
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2

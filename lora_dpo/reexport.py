@@ -67,16 +67,10 @@ def _of_run(run: Path, step: int | None) -> Source:
         )
     saved = checkpoint.at(run, step)
     chosen = saved.identity["adapter"]
-    if saved.identity["train"]["optimizer"] == "schedule_free_adamw":
-        raise UserError(
-            "a schedule-free run's checkpoints hold the point that is trained, not the average that is to be used",
-            where=run,
-            hint="export the finished run, without --step",
-        )
     scale = scale_of(chosen["rank"], chosen["alpha"], chosen["rslora"])
     recipe = (run / RECIPE).read_text("utf-8")
     header = {"recipe": recipe, "step": str(step), "base_unet": str(saved.identity["denoiser"])}
-    return Source(saved.path, updates.from_state(saved.ema() or saved.adapter(), scale), header)
+    return Source(saved.path, updates.from_state(saved.averaged() or saved.adapter(), scale), header)
 
 
 def base_of(sources: Sequence[Source], model: str | None, family: str | None, dtype: str | None) -> Base:

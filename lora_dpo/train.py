@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,13 +93,13 @@ def train(
         identity: JSON values a resumed run must share with the one that wrote the checkpoint.
         micro_batch_pairs: pairs per pass; None: the whole step's at once. The gradient is the same up to rounding.
         max_grad_norm: the gradient is scaled down to this norm; 0: it is left alone.
-        keep_checkpoints: the last so many, and the best one; None: all.
+        keep_checkpoints: the last so many, and the best one; None: all. Others go with the next one.
         precision: of the passes; "bfloat16" is torch's autocast. Losses and adapter weights are float32 always.
         ema_decay: keep an average of the weights, and use it in the end; None: don't.
         spike_factor: see `watch.Watch`.
         held_out: numbers on held-out pairs, for the weights as they are now; it must leave them and every random
             state as they were. `accuracy` and `margin` among them choose the best checkpoint.
-        held_out_every_steps: when it is called, beside the end.
+        held_out_every_steps: when it is called, and after the last step.
         export: the weights that the adapters have at the end: the last, or those of the best checkpoint.
         track: gets every line of `metrics.jsonl` too; after a resume or a rollback steps come again.
 
@@ -116,7 +116,7 @@ def train(
     def restore(found: checkpoint.Checkpoint) -> None:
         adapters.load_state_dict(found.adapter())
         optimizer.load_state_dict(found.optimizer())
-        if ema is not None and (mean := found.ema()) is not None:
+        if ema is not None and (mean := found.averaged()) is not None:
             ema.load_state_dict(mean)
 
     def batches() -> Iterator[StepBatch]:
@@ -137,6 +137,15 @@ def train(
         reporter.message(f"resumed at step {done} of {steps} from {found.path}")
     resumed_from = done
 
+    def averaged() -> dict[str, Tensor] | None:
+        if ema is None and not optimizers.is_schedule_free(optimizer):
+            return None
+        with _in_use(optimizer, ema):
+            return adapters.state_dict()
+
+    def look_back() -> tuple[Watch, int | None]:
+        return Watch(spike_factor, metrics.lines()), best_step(metrics.lines(), checkpoint.steps(run_dir))
+
     def save() -> None:
         metrics.flush()
         checkpoint.save(
@@ -144,10 +153,11 @@ def train(
             done,
             adapter=adapters.state_dict(),
             optimizer=optimizer.state_dict(),
-            ema=ema.state_dict() if ema is not None else None,
+            averaged=averaged(),
             rollbacks=rollbacks,
             identity=identity,
             keep=keep_checkpoints,
+            every=save_every_steps,
             besides=best,
         )
 
@@ -158,10 +168,10 @@ def train(
         _stop_requests() as stop_requested,
         _job(reporter, steps - done),
     ):
-        watch, best = Watch(spike_factor, metrics.lines()), best_step(metrics.lines())
+        watch, best = look_back()
         coming = batches()
         while done < steps:
-            batch = next(coming)
+            batch = replace(next(coming), step=done)
             started = time.perf_counter()
             rate = learning_rate(done) * 0.5 ** len(rollbacks)
             for group in optimizer.param_groups:
@@ -187,7 +197,7 @@ def train(
             }
             watch.see(line)
             if (problem := watch.spike()) is not None:
-                good = _before_spike(run_dir, done, problem, rollbacks)
+                good = _before_spike(run_dir, done, problem, rollbacks, save_every_steps)
                 reporter.message(
                     f"step {done}: {problem}; back to step {good.step}, past these pairs, at half the rate"
                 )
@@ -198,10 +208,10 @@ def train(
                 done = good.step
                 checkpoint.remove_after(run_dir, done)
                 metrics.cut(done)
-                watch, best = Watch(spike_factor, metrics.lines()), best_step(metrics.lines())
+                watch, best = look_back()
                 coming = batches()
                 continue
-            if held_out is not None and held_out_every_steps and done % held_out_every_steps == 0:
+            if held_out is not None and held_out_every_steps and (done % held_out_every_steps == 0 or done == steps):
                 with _in_use(optimizer, ema):
                     line |= {f"{HELD_OUT}{name}": value for name, value in held_out().items()}
             metrics.write(line)
@@ -209,7 +219,7 @@ def train(
             reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
             if (drift := watch.drift()) is not None:
                 reporter.message(drift)
-            improved = f"{HELD_OUT}accuracy" in line and best_step(metrics.lines()) == done
+            improved = f"{HELD_OUT}accuracy" in line and best_step(metrics.lines(), [best, done]) == done
             best = done if improved else best
             if improved or done == steps or done % save_every_steps == 0 or stop_requested():
                 save()
@@ -234,9 +244,9 @@ def train(
 HELD_OUT = "heldout_"
 
 
-def best_step(lines: list[dict[str, Any]]) -> int | None:
-    """The first step with the highest held-out accuracy, and among equals the highest margin; None without any."""
-    known = [line for line in lines if f"{HELD_OUT}accuracy" in line]
+def best_step(lines: list[dict[str, Any]], among: Sequence[int | None]) -> int | None:
+    """The first of these steps with the highest held-out accuracy, and among equals the highest margin, if any has."""
+    known = [line for line in lines if f"{HELD_OUT}accuracy" in line and line["step"] in among]
     if not known:
         return None
     return max(known, key=lambda line: (line[f"{HELD_OUT}accuracy"], line[f"{HELD_OUT}margin"], -line["step"]))["step"]
@@ -259,10 +269,15 @@ def _in_use(optimizer: torch.optim.Optimizer, ema: Ema | None) -> Iterator[None]
         yield
 
 
-def _before_spike(run_dir: Path, done: int, problem: str, rollbacks: list[tuple[int, int]]) -> checkpoint.Checkpoint:
-    """The newest checkpoint that the spike's steps are not behind, or the one that was gone back to last."""
+def _before_spike(
+    run_dir: Path, done: int, problem: str, rollbacks: list[tuple[int, int]], every: int
+) -> checkpoint.Checkpoint:
+    """The newest checkpoint that the spike's steps are not behind, or the one that was gone back to last.
+
+    Of the regular ones: where a run was interrupted, and so saved, must not decide where it goes back to.
+    """
     at_most = max([done - SPIKE_STEPS, *(good for _, good in rollbacks[-1:])])
-    good = checkpoint.latest(run_dir, lambda _: None, at_most=at_most)
+    good = checkpoint.latest(run_dir, lambda _: None, at_most=at_most, every=every)
     if good is not None and len(rollbacks) < MAX_ROLLBACKS:
         return good
     ended = "there is no checkpoint before it" if good is None else f"{MAX_ROLLBACKS} returns didn't help"

@@ -501,7 +501,7 @@ def test_the_average_is_what_is_measured_and_left(tmp_path):
         for name, value in mean.items():
             torch.testing.assert_close(seen[step - 1][name], value)
     assert_same(run.adapters.state_dict(), seen[-1])
-    assert_same(dict(sorted(seen[-1].items())), checkpoint.at(tmp_path, 6).ema())
+    assert_same(dict(sorted(seen[-1].items())), checkpoint.at(tmp_path, 6).averaged())
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -615,3 +615,50 @@ def test_what_was_not_finite_is_written_down(tmp_path):
     assert [pair["timestep"] for pair in held["pairs"]] == [int(t) for part in batch.parts() for t in part.t]
     assert held["pairs"][0]["origin"].startswith("toy:")
     assert checkpoint.latest(tmp_path, pytest.fail).step == 4  # pyright: ignore
+
+
+@pytest.mark.parametrize("step", [3, 9, 13, 20])
+def test_where_a_run_was_interrupted_does_not_decide_where_a_spike_goes_back_to(tmp_path, step):
+    options = {"spike_factor": 2.0, "learning_rate": lambda step: 1e-3, "save_every_steps": 4, "keep_checkpoints": 2}
+    whole, victim, resumed = Run(tmp_path / "whole"), Run(tmp_path / "cut"), Run(tmp_path / "cut")
+    whole.train(24, method=Spiking(whole.method, range(10, 15)), **options)
+    asked = []
+
+    def interrupt(_part):
+        if not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        victim.train(24, method=Watched(Spiking(victim.method, range(10, 15)), step, interrupt), **options)
+    result = resumed.train(24, method=Spiking(resumed.method, range(10, 15)), **options)
+    assert result.rollbacks == 1
+    assert_same(resumed.adapters.state_dict(), whole.adapters.state_dict())
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+
+
+def test_a_schedule_free_checkpoint_has_the_average_too(tmp_path):
+    run = Run(tmp_path, optimizer="schedule_free_adamw")
+    run.train()
+    saved = checkpoint.at(tmp_path, 6)
+    averaged = saved.averaged()
+    assert averaged is not None
+    assert_same(averaged, dict(sorted(run.adapters.state_dict().items())))
+    assert any(not torch.equal(averaged[name], weight) for name, weight in saved.adapter().items())
+
+
+def test_after_a_rollback_the_best_step_is_one_that_is_there(tmp_path):
+    """Step 12 was the best and pushed out step 2, the best before; then the spike takes step 12 away."""
+    run, accuracies = Run(tmp_path), iter([0.8, 0.5, 0.5, 0.5, 0.5, 0.9, *[0.5] * 20])
+    result = run.train(
+        24,
+        method=Spiking(run.method, range(10, 15)),
+        spike_factor=2.0,
+        learning_rate=lambda step: 1e-3,
+        save_every_steps=4,
+        held_out=lambda: {"accuracy": next(accuracies), "margin": 0.0},
+        held_out_every_steps=2,
+        export="best",
+    )
+    assert (result.rollbacks, result.exported_step) == (1, 8)
+    assert checkpoint.steps(tmp_path) == [24, 20, 8]

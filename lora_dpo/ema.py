@@ -30,10 +30,6 @@ class Ema:
         for name, parameter in self._parameters.items():
             self._mean[name].lerp_(parameter, 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies on the CPU, named as the parameters."""
-        return {name: mean.to("cpu", copy=True) for name, mean in self._mean.items()}
-
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a saved mean in; KeyError if a weight is missing."""
         for name, mean in self._mean.items():

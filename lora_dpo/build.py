@@ -6,7 +6,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lora_dpo import (
     export,
     figures,
     hub,
+    inputs,
     kohya,
     optimizers,
     parts,
@@ -30,12 +33,12 @@ from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
 from lora_dpo.data import SourceReport
-from lora_dpo.errors import UserError
+from lora_dpo.distributed import Processes, connect
 from lora_dpo.evaluation import samples
 from lora_dpo.evaluation.held_out import HeldOut, held_out
 from lora_dpo.families import Family
 from lora_dpo.methods.losses import sum_form_beta
-from lora_dpo.progress import Progress, make_progress
+from lora_dpo.progress import NoProgress, Progress, make_progress
 from lora_dpo.recipe import Recipe
 from lora_dpo.run_dir import ADAPTER, CARD, CURVES, GRID, KOHYA, METRICS, RECIPE, RESULT, SAMPLES
 from lora_dpo.trackers import require as require_trackers
@@ -51,18 +54,22 @@ class Outcome:
         result: the content of `result.json`.
         already: it was finished before this call.
         pushed: the hub repository's address, if it was pushed.
+        is_main: false on the processes beside the main one, which leave the summary to it.
     """
 
     run_dir: Path
     result: dict[str, Any]
     already: bool = False
     pushed: str | None = None
+    is_main: bool = True
 
 
 def run(
     recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet: bool = False, fresh: bool = False
 ) -> Outcome:
     """Everything a recipe asks for, in `run_dir`; what is there already is not done again.
+
+    Under torchrun or `accelerate launch` every process calls this; the main one writes all files.
 
     Args:
         fresh: a run that is there is renamed first, to `run_dir` + ".old-1" or the next free number.
@@ -72,39 +79,53 @@ def run(
         LoraDpoError: training diverged, or the adapter that was written is not the one that was trained.
         Interrupted: Ctrl-C or SIGTERM; the run resumes.
     """
-    progress = make_progress(quiet=quiet)
-    if push_to_hub is not None:
-        hub.require_access(push_to_hub)
-    device = parts.device(recipe.train.device)
+    processes, device = connect(parts.device(recipe.train.device))
+    progress = make_progress(quiet=quiet) if processes.is_main else NoProgress()
     optimizers.require(recipe.train.optimizer, device)
     require_trackers(recipe.output.trackers)
-    if fresh and (aside := run_dirs.set_aside(run_dir)) is not None:
-        progress.message(f"the run that was there is now in {aside}")
 
     def differences(file: Path) -> list[str]:
         return recipes.differences(recipes.load(str(file)), recipe)
 
-    # A finished run is only read; everything else is for one process at a time.
-    held = run_dirs.finished(run_dir, differences)
+    def finished() -> dict[str, Any] | None:
+        if push_to_hub is not None:
+            hub.require_access(push_to_hub)
+        if fresh and (aside := run_dirs.set_aside(run_dir)) is not None:
+            progress.message(f"the run that was there is now in {aside}")
+        return run_dirs.finished(run_dir, differences)
+
+    # A finished run is only read; everything else is for one run at a time.
+    held = processes.from_main(finished)
     if held is not None:
-        outcome = Outcome(run_dir, held, already=True)
+        outcome = Outcome(run_dir, held, already=True, is_main=processes.is_main)
     else:
-        with run_dirs.locked(run_dir):
-            run_dirs.claim(run_dir, recipes.dump(recipe), differences)
-            outcome = Outcome(run_dir, _stoppable(recipe, run_dir, device, progress))
+        with ExitStack() as lock:
+
+            def claim() -> None:
+                lock.enter_context(run_dirs.locked(run_dir))
+                run_dirs.claim(run_dir, recipes.dump(recipe), differences)
+
+            processes.on_main(claim)
+            result = _stoppable(recipe, run_dir, device, progress, processes)
+            outcome = Outcome(run_dir, result, is_main=processes.is_main)
     if push_to_hub is not None:
-        _write_card(recipe, run_dir, outcome.result, repo=push_to_hub)
-        outcome = replace(outcome, pushed=hub.push(run_dir, push_to_hub, _pushed(outcome.result)))
+        outcome = replace(outcome, pushed=processes.from_main(lambda: _push(recipe, run_dir, outcome, push_to_hub)))
+    processes.close()
     return outcome
 
 
-def _stoppable(recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _stoppable(
+    recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress, processes: Processes
+) -> dict[str, Any]:
     """`_execute`, with words for Ctrl-C and SIGTERM wherever they come; training itself finishes its step first."""
     try:
         with stopping.stoppable() as signal_received:
             try:
-                with parts.trackers(recipe, run_dir, progress.message) as trackers:
-                    return _execute(recipe, run_dir, device, progress, trackers.log)
+                with ExitStack() as stack:
+                    started = partial(stack.enter_context, parts.trackers(recipe, run_dir, progress.message))
+                    trackers = processes.on_main(started)
+                    track = trackers.log if trackers is not None else lambda _: None
+                    return _execute(recipe, run_dir, device, progress, processes, track)
             except KeyboardInterrupt as error:
                 step = checkpoint.newest_step(run_dir)
                 saved = f"step {step} of {recipe.train.steps} is saved in {run_dir}" if step else "no step is saved yet"
@@ -116,6 +137,11 @@ def _stoppable(recipe: Recipe, run_dir: Path, device: torch.device, progress: Pr
         progress.stop()
 
 
+def _push(recipe: Recipe, run_dir: Path, outcome: Outcome, repo: str) -> str:
+    _write_card(recipe, run_dir, outcome.result, repo=repo)
+    return hub.push(run_dir, repo, _pushed(outcome.result))
+
+
 def _pushed(result: dict[str, Any]) -> list[str]:
     """Files below the run directory that a repository on the hub gets."""
     files = [result["adapter"], result.get("adapter_kohya"), CARD, GRID, CURVES, RECIPE, RESULT]
@@ -123,26 +149,21 @@ def _pushed(result: dict[str, Any]) -> list[str]:
 
 
 def _execute(
-    recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress, track: Callable[[Line], None]
+    recipe: Recipe,
+    run_dir: Path,
+    device: torch.device,
+    progress: Progress,
+    processes: Processes,
+    track: Callable[[Line], None],
 ) -> dict[str, Any]:
     began = time.monotonic()
     family = parts.family(recipe, device)
     directory = parts.cache_dir(recipe)
-    pairs = cache.fill(
-        parts.source(recipe, recipe.data.split),
-        family,
-        directory,
-        recipe.data.resolution,
-        _count(progress),
-        tell=progress.message,
-    )
-    kept = pairs.report
-    progress.message(kept.summary())
-    cut = len(family.cut_prompts(list(pairs.prompts)))
-    if cut:
-        progress.message(report.cut_captions(cut, len(pairs.prompts)))
-    kept_out = _held_out_pairs(recipe, family, directory, progress)
-    prompts = _prompts(recipe)
+    # They divide the work where they share the directory.
+    pairs = processes.together(partial(inputs.pairs, recipe, family, directory, progress), patient=True)
+    inputs.tell(pairs, family, progress)
+    kept_out = processes.on_main(lambda: inputs.held_out_pairs(recipe, family, directory, progress))
+    prompts = processes.on_main(lambda: inputs.prompts(recipe)) or []
 
     if recipe.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
@@ -155,7 +176,27 @@ def _execute(
         rslora=recipe.adapter.rslora,
         seed=recipe.train.seed,
     )
-    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, track)
+    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, processes, track)
+    return processes.from_main(
+        lambda: _complete(recipe, run_dir, family, adapters, pairs, kept_out, prompts, trained, device, progress, began)
+    )
+
+
+def _complete(
+    recipe: Recipe,
+    run_dir: Path,
+    family: Family,
+    adapters: Adapters,
+    pairs: cache.CachedPairs,
+    kept_out: cache.CachedPairs | None,
+    prompts: list[str],
+    trained: TrainResult,
+    device: torch.device,
+    progress: Progress,
+    began: float,
+) -> dict[str, Any]:
+    """Export, verification, evaluation and report of a trained adapter: the content of `result.json`."""
+    kept = pairs.report
     metadata = parts.metadata(recipe, family)
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
@@ -268,6 +309,7 @@ def _train(
     kept_out: cache.CachedPairs | None,
     device: torch.device,
     progress: Progress,
+    processes: Processes,
     track: Callable[[Line], None],
 ) -> TrainResult:
     chosen = recipe.train
@@ -312,6 +354,7 @@ def _train(
         held_out_every_steps=recipe.evaluate.every_steps,
         export=recipe.evaluate.checkpoint,
         track=track,
+        processes=processes,
     )
 
 
@@ -338,42 +381,3 @@ def _implicit(
         timestep_range=recipe.method.timestep_range,
         progress=progress,
     )
-
-
-def _held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> cache.CachedPairs | None:
-    if not recipe.evaluate.implicit_pairs:
-        return None
-    source = parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
-    try:
-        return cache.fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
-    except UserError as error:
-        hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
-        raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
-
-
-def _prompts(recipe: Recipe) -> list[str]:
-    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
-    wanted = recipe.evaluate.prompts
-    if recipe.evaluate.prompts_file is not None:
-        prompts = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
-    else:
-        prompts = (pair.prompt for pair in parts.source(recipe, recipe.data.heldout_split))
-    return samples.first_distinct(prompts, wanted)
-
-
-def _count(progress: Progress) -> Callable[[int, int | None, str], None]:
-    """A (done, total, what) callback as jobs of `progress`."""
-    what, seen = None, 0
-
-    def show(done: int, total: int | None, now: str) -> None:
-        nonlocal what, seen
-        if now != what:
-            progress.stop()
-            progress.start(total, now)
-            what, seen = now, 0
-        progress.advance(done - seen)
-        seen = done
-        if done == total:
-            progress.stop()
-
-    return show

@@ -160,9 +160,9 @@ def train(
         outcome = build.run(
             resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh
         )
-    if as_json:
+    if as_json and outcome.is_main:
         _print_json(outcome.result | {"run_dir": str(directory), "pushed": outcome.pushed})
-    else:
+    elif outcome.is_main:
         print(summary(outcome.result, directory, already=outcome.already, pushed=outcome.pushed))
 
 

@@ -35,6 +35,18 @@ def make_progress(stream: TextIO | None = None, quiet: bool = False) -> Progress
     return PlainProgress(shown, quiet=quiet)
 
 
+class NoProgress:
+    """Nothing: another process shows it."""
+
+    def start(self, total: int | None, what: str) -> None: ...
+
+    def advance(self, n: int = 1, **metrics: float) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class PlainProgress:
     """`what=train done=20 total=100 per_second=1.5 eta_seconds=53 loss=0.69`: one line now and then.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,3 +66,48 @@ def stoppable() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+# A launcher's Ctrl-C reaches its processes twice: from the terminal and from the launcher, which passes it on.
+ECHO_SECONDS = 3.0
+
+
+@contextmanager
+def stop_requests(echo_seconds: float = 0.0) -> Iterator[Callable[[], int]]:
+    """Ctrl-C and SIGTERM ask once; after that the previous handlers are back, so a second one leaves at once.
+
+    Gives a function that tells which signal asked; 0: none.
+
+    Args:
+        echo_seconds: a second one within this time is taken for the first.
+    """
+    asked, asked_at = 0, 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: asked  # signals go to the main thread; its owner decides there
+        return
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            number, handler = previous.popitem()
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked, asked_at
+        if asked:
+            if time.monotonic() - asked_at > echo_seconds:
+                restore()
+                signal.raise_signal(number)
+            return
+        asked, asked_at = number, time.monotonic()
+        if not echo_seconds:
+            restore()
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"stopping after this step; once more to stop at once, unsaved\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        restore()

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from lora_dpo import atomic, checkpoint, optimizers
 from lora_dpo.adapters import Adapters
+from lora_dpo.distributed import Processes
 from lora_dpo.ema import Ema
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
 from lora_dpo.metrics_file import MetricsFile
 from lora_dpo.progress import Progress
-from lora_dpo.stopping import Interrupted
+from lora_dpo.stopping import ECHO_SECONDS, Interrupted, stop_requests
 from lora_dpo.watch import SPIKE_STEPS, Line, Watch
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
@@ -77,6 +77,7 @@ def train(
     held_out_every_steps: int | None = None,
     export: Literal["last", "best"] = "last",
     track: Callable[[Line], None] = lambda _: None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Train the adapters to `steps` optimizer steps, from the newest intact checkpoint in `run_dir` if there is one.
 
@@ -102,28 +103,33 @@ def train(
         held_out_every_steps: when it is called, and after the last step.
         export: the weights that the adapters have at the end: the last, or those of the best checkpoint.
         track: gets every line of `metrics.jsonl` too; after a resume or a rollback steps come again.
+        processes: that share the pairs of each step; all call this with the same arguments and get the same weights.
+            The main one reads and writes the files, and calls `held_out`.
 
     Raises:
-        UserError: the checkpoint is of another run or beyond `steps`; the disk is full or can't be written.
+        UserError: the checkpoint is of another run or beyond `steps`; the disk is full or can't be written; the
+            processes don't have the same data, or are more than a step's pairs.
         LoraDpoError: a loss or gradient isn't finite, or spikes don't end; earlier checkpoints are kept.
         Interrupted: on Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
     run_dir, began = Path(run_dir), time.monotonic()
+    processes = processes or Processes()
+    processes.require_same(identity, "the processes don't train the same")
     ema = Ema(adapters.parameters(), ema_decay) if ema_decay is not None else None
     done = 0
     rollbacks: list[tuple[int, int]] = []  # from which step, to which
 
     def restore(found: checkpoint.Checkpoint) -> None:
-        adapters.load_state_dict(found.adapter())
-        optimizer.load_state_dict(found.optimizer())
-        if ema is not None and (mean := found.averaged()) is not None:
+        adapters.load_state_dict(processes.from_main(found.adapter))
+        optimizer.load_state_dict(processes.from_main(found.optimizer))
+        if ema is not None and (mean := processes.from_main(found.averaged)) is not None:
             ema.load_state_dict(mean)
 
     def batches() -> Iterator[StepBatch]:
         return method.batches(done + sum(bad - good for bad, good in rollbacks))
 
-    checkpoint.tidy(run_dir)
-    found = checkpoint.latest(run_dir, reporter.message)
+    processes.on_main(lambda: checkpoint.tidy(run_dir))
+    found = processes.from_main(lambda: checkpoint.latest(run_dir, reporter.message))
     if found is not None:
         checkpoint.require_identity(found, identity)
         if found.step > steps:
@@ -144,7 +150,8 @@ def train(
             return adapters.state_dict()
 
     def look_back() -> tuple[Watch, int | None]:
-        return Watch(spike_factor, metrics.lines()), best_step(metrics.lines(), checkpoint.steps(run_dir))
+        lines, kept = processes.from_main(lambda: (metrics.lines(), checkpoint.steps(run_dir)))
+        return Watch(spike_factor, lines), best_step(lines, kept)
 
     def save() -> None:
         metrics.flush()
@@ -162,10 +169,11 @@ def train(
         )
 
     parameters = list(adapters.parameters().values())
+    not_finite = run_dir / (NOT_FINITE if processes.is_main else f"{processes.rank}-{NOT_FINITE}")
     line: dict[str, float] = {}
     with (
-        MetricsFile(run_dir / METRICS, done) as metrics,
-        _stop_requests() as stop_requested,
+        MetricsFile(run_dir / METRICS if processes.is_main else Path(os.devnull), done) as metrics,
+        stop_requests(echo_seconds=0.0 if processes.count == 1 else ECHO_SECONDS) as stop_requested,
         _job(reporter, steps - done),
     ):
         watch, best = look_back()
@@ -178,9 +186,13 @@ def train(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             adapters.train()
-            sums = _accumulate(method, batch, micro_batch_pairs, device, precision, run_dir)
+            own = batch.only(processes.share(len(batch)))
+            backward = partial(_accumulate, method, own, micro_batch_pairs, device, precision, not_finite)
+            sums = processes.add_up(parameters, processes.together(backward))
             adapters.train(False)
-            grad_norm = _clipped(parameters, max_grad_norm, batch, run_dir)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
+            if not math.isfinite(grad_norm):
+                processes.on_main(partial(_stop_at, "gradient", batch, range(len(batch)), not_finite))
             optimizer.step()
             done += 1
             if ema is not None:
@@ -197,7 +209,7 @@ def train(
             }
             watch.see(line)
             if (problem := watch.spike()) is not None:
-                good = _before_spike(run_dir, done, problem, rollbacks, save_every_steps)
+                good = processes.from_main(partial(_before_spike, run_dir, done, problem, rollbacks, save_every_steps))
                 reporter.message(
                     f"step {done}: {problem}; back to step {good.step}, past these pairs, at half the rate"
                 )
@@ -206,32 +218,37 @@ def train(
                 rollbacks = [*rollbacks, (done, good.step)]
                 reporter.advance(good.step - (done - 1))
                 done = good.step
-                checkpoint.remove_after(run_dir, done)
+                if processes.is_main:
+                    checkpoint.remove_after(run_dir, done)
                 metrics.cut(done)
                 watch, best = look_back()
                 coming = batches()
                 continue
             if held_out is not None and held_out_every_steps and (done % held_out_every_steps == 0 or done == steps):
                 with _in_use(optimizer, ema):
-                    line |= {f"{HELD_OUT}{name}": value for name, value in held_out().items()}
+                    measured = processes.from_main(lambda: dict(held_out()))
+                line |= {f"{HELD_OUT}{name}": value for name, value in measured.items()}
             metrics.write(line)
             track(line)
             reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
             if (drift := watch.drift()) is not None:
                 reporter.message(drift)
-            improved = f"{HELD_OUT}accuracy" in line and best_step(metrics.lines(), [best, done]) == done
+            improved = (
+                f"{HELD_OUT}accuracy" in line and best_step(processes.from_main(metrics.lines), [best, done]) == done
+            )
             best = done if improved else best
-            if improved or done == steps or done % save_every_steps == 0 or stop_requested():
-                save()
-            if stop_requested():
+            stop = processes.largest(stop_requested())
+            if improved or done == steps or done % save_every_steps == 0 or stop:
+                processes.on_main(save)
+            if stop:
                 raise Interrupted(
                     f"interrupted; step {done} of {steps} is saved in {run_dir}\n"
                     "  → run the same command again to resume",
-                    stop_requested(),
+                    stop,
                 )
     exported = done
     if export == "best" and best is not None and best != done:
-        restore(checkpoint.at(run_dir, best))
+        restore(processes.from_main(partial(checkpoint.at, run_dir, best)))
         reporter.message(f"the adapter is that of step {best}, the best on held-out pairs")
         exported = best
     optimizers.use_evaluation_weights(optimizer)
@@ -311,7 +328,7 @@ def _accumulate(
     micro_batch_pairs: int | None,
     device: torch.device,
     precision: Precision,
-    run_dir: Path,
+    file: Path,
 ) -> dict[str, Tensor]:
     """Backward of every part; returns the logged sums over the step's pairs."""
     sums: dict[str, Tensor] = {}
@@ -326,62 +343,20 @@ def _accumulate(
             sums[name] = sums[name] + value if name in sums else value
     finite = torch.isfinite(torch.cat(losses)).tolist()  # the step's first wait for a GPU
     if not all(finite):
-        raise _not_finite("loss", batch, [n for n, fine in enumerate(finite) if not fine], run_dir)
+        _stop_at("loss", batch, [n for n, fine in enumerate(finite) if not fine], file)
     return sums
 
 
-def _clipped(parameters: list[torch.nn.Parameter], max_grad_norm: float, batch: StepBatch, run_dir: Path) -> float:
-    """The gradient's norm before clipping."""
-    limit = max_grad_norm if max_grad_norm > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-    if not math.isfinite(norm):
-        raise _not_finite("gradient", batch, list(range(len(batch))), run_dir)
-    return norm
-
-
-def _not_finite(what: str, batch: StepBatch, places: list[int], run_dir: Path) -> LoraDpoError:
-    """The error, with the pairs at these places of the batch and their draws written beside the run."""
+def _stop_at(what: str, batch: StepBatch, places: Sequence[int], file: Path) -> NoReturn:
+    """Raises, once the pairs at these places of the batch and their draws are written to `file`."""
     described = batch.describe()
-    file = run_dir / NOT_FINITE
     document = {"what": what, "step": batch.step + 1, "pairs": [described[place] for place in places]}
     with atomic.clear_os_errors(file):
         atomic.replace(file, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     keys = [batch.keys[place] for place in places]
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-    return LoraDpoError(
+    raise LoraDpoError(
         f"the {what} of step {batch.step + 1} isn't finite (pairs {named}; {file} has their prompts and draws); "
         "earlier checkpoints are kept\n"
         "  → lower learning_rate or beta, or look at these pairs; in bfloat16, try precision float32"
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM ask once; after that the previous handlers are back, so a second one leaves at once.
-
-    Gives a function that tells which signal asked; 0: none.
-    """
-    asked = 0
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: asked  # signals go to the main thread; its owner decides there
-        return
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        while previous:
-            number, handler = previous.popitem()
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = number
-        restore()
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"stopping after this step; once more to stop at once, unsaved\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, ask)
-    try:
-        yield lambda: asked
-    finally:
-        restore()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -103,7 +103,11 @@ class StepBatch:
         size = micro_batch_pairs or len(self)
         for start in range(0, len(self), size):
             chosen = slice(start, start + size)
-            yield self.stream.part(self.indices[chosen], self.visits[chosen], batch_pairs=len(self))
+            yield self.stream.part(self.indices[chosen], self.visits[chosen], batch_pairs=self.stream.batch_pairs)
+
+    def only(self, chosen: slice) -> StepBatch:
+        """Some of the step's pairs, of which the losses are still shares of the whole step's."""
+        return replace(self, indices=self.indices[chosen], visits=self.visits[chosen])
 
 
 class PairStream:

@@ -1,0 +1,68 @@
+"""What a run reads: its pairs, the held-out ones, and the prompts to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_dpo import parts, report
+from lora_dpo.cache import CachedPairs, fill
+from lora_dpo.errors import UserError
+from lora_dpo.evaluation import samples
+from lora_dpo.families import Family
+from lora_dpo.progress import Progress
+from lora_dpo.recipe import Recipe
+
+
+def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> CachedPairs:
+    """The pairs to train on, encoded."""
+    source = parts.source(recipe, recipe.data.split)
+    return fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
+
+
+def tell(pairs: CachedPairs, family: Family, progress: Progress) -> None:
+    """How many there are, what was dropped, and captions that the text encoders cut."""
+    progress.message(pairs.report.summary())
+    cut = len(family.cut_prompts(list(pairs.prompts)))
+    if cut:
+        progress.message(report.cut_captions(cut, len(pairs.prompts)))
+
+
+def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> CachedPairs | None:
+    """The pairs of the evaluation; None if the recipe wants none."""
+    if not recipe.evaluate.implicit_pairs:
+        return None
+    source = parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
+    try:
+        return fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
+    except UserError as error:
+        hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
+        raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
+
+
+def prompts(recipe: Recipe) -> list[str]:
+    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
+    wanted = recipe.evaluate.prompts
+    if recipe.evaluate.prompts_file is not None:
+        found = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
+    else:
+        found = (pair.prompt for pair in parts.source(recipe, recipe.data.heldout_split))
+    return samples.first_distinct(found, wanted)
+
+
+def _count(progress: Progress) -> Callable[[int, int | None, str], None]:
+    """A (done, total, what) callback as jobs of `progress`."""
+    what, seen = None, 0
+
+    def show(done: int, total: int | None, now: str) -> None:
+        nonlocal what, seen
+        if now != what:
+            progress.stop()
+            progress.start(total, now)
+            what, seen = now, 0
+        progress.advance(done - seen)
+        seen = done
+        if done == total:
+            progress.stop()
+
+    return show

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_both_and_names_the_pair(told, folder) -
     main, failed = (one["failure"] for one in told["poisoned"])
     pair = (folder / "poisoned.txt").read_text()
     assert failed[0] == "LoraDpoError"
-    assert f"the loss of step 4 isn't finite (pairs {pair})" in failed[2]
+    assert f"the loss of step 4 isn't finite (pairs {pair};" in failed[2]
     assert main[0] == "StoppedElsewhere"
     assert main[1] == 1
     assert main[2] == f"process 0 stops, because process 1 did: {failed[2]}"

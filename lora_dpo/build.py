@@ -161,7 +161,7 @@ def _execute(
     directory = parts.cache_dir(recipe)
     # They divide the work where they share the directory.
     pairs = processes.together(partial(inputs.pairs, recipe, family, directory, progress), patient=True)
-    inputs.tell(pairs, family, progress)
+    cut = inputs.tell(pairs, family, progress)
     kept_out = processes.on_main(lambda: inputs.held_out_pairs(recipe, family, directory, progress))
     prompts = processes.on_main(lambda: inputs.prompts(recipe)) or []
 
@@ -178,7 +178,9 @@ def _execute(
     )
     trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, processes, track)
     return processes.from_main(
-        lambda: _complete(recipe, run_dir, family, adapters, pairs, kept_out, prompts, trained, device, progress, began)
+        lambda: _complete(
+            recipe, run_dir, family, adapters, pairs, cut, kept_out, prompts, trained, device, progress, began
+        )
     )
 
 
@@ -188,6 +190,7 @@ def _complete(
     family: Family,
     adapters: Adapters,
     pairs: cache.CachedPairs,
+    cut: int,
     kept_out: cache.CachedPairs | None,
     prompts: list[str],
     trained: TrainResult,

@@ -20,12 +20,13 @@ def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -
     return fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
 
 
-def tell(pairs: CachedPairs, family: Family, progress: Progress) -> None:
-    """How many there are, what was dropped, and captions that the text encoders cut."""
+def tell(pairs: CachedPairs, family: Family, progress: Progress) -> int:
+    """Says how many there are, what was dropped, and how many captions the text encoders cut, which it returns."""
     progress.message(pairs.report.summary())
     cut = len(family.cut_prompts(list(pairs.prompts)))
     if cut:
         progress.message(report.cut_captions(cut, len(pairs.prompts)))
+    return cut
 
 
 def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> CachedPairs | None:

@@ -20,6 +20,7 @@ from tests.test_train import lines, timeless
 
 SCENARIOS = [
     "gradients", "dropout", "whole", "begun", "resumed", "poisoned", "stopped", "others", "too many", "blocked",
+    "watched",
 ]  # fmt: skip
 ALONE = Processes()
 
@@ -127,6 +128,22 @@ def test_a_signal_to_one_lets_both_finish_the_step_and_the_main_one_save(told, f
     found = checkpoint.latest(folder / "stopped", pytest.fail)
     assert found is not None
     assert found.step == 4
+
+
+def test_both_go_back_from_a_spike_and_end_with_the_same_average(told, folder, tmp_path) -> None:
+    first, second = told["watched"]
+    alone = support.watched(ALONE, tmp_path)
+    assert first["failure"] is second["failure"] is alone["failure"] is None
+    assert "back to step 8" in first["messages"][0], first["messages"]
+    assert first["messages"][0] == alone["messages"][0]
+    assert len(first["digests"]) == len(alone["digests"]) > 24
+    assert first["digests"] == second["digests"]
+    assert all(torch.equal(tensor, second["adapter"][name]) for name, tensor in first["adapter"].items())
+    assert_close(first["adapter"], alone["adapter"])
+    assert [line["step"] for line in lines(folder / "watched")] == list(range(1, 25))
+    assert [n for n, line in enumerate(lines(folder / "watched"), 1) if "heldout_margin" in line] == list(
+        range(3, 25, 3)
+    )
 
 
 def test_processes_with_other_data_are_refused(told, folder) -> None:

@@ -104,7 +104,13 @@ def trained(processes: Processes, directory: Path, steps: int = 6, **options: An
         digests.append(hashlib.sha256(weights).hexdigest())
         return value
 
+    def measure() -> dict[str, float]:
+        assert processes.is_main
+        return {"accuracy": round(run.adapters.norm()) / 100, "margin": run.adapters.norm()}
+
     run.optimizer.step = step_and_note
+    if "held_out_every_steps" in options:
+        options["held_out"] = measure
     result: dict[str, Any] = {"digests": digests, "failure": None}
     if "act" in options:
         options["method"] = _acting(run, options.pop("act"))
@@ -113,6 +119,21 @@ def trained(processes: Processes, directory: Path, steps: int = 6, **options: An
     except LoraDpoError as error:
         result["failure"] = (type(error).__name__, error.exit_code, str(error))
     return result | {"adapter": run.adapters.state_dict(), "messages": run.reporter.messages}
+
+
+def watched(processes: Processes, directory: Path) -> dict[str, Any]:
+    """With an average, held-out numbers, a spike that it goes back from, and the best step's weights in the end."""
+
+    def spike(step: int, part: Any, parts: LossParts) -> LossParts | None:
+        if step not in range(10, 15):
+            return None
+        raised = {"error_winner": 3.0 * parts.sums["ref_error_winner"]}
+        return LossParts(parts.loss, parts.per_pair, parts.sums | raised)
+
+    return trained(
+        processes, directory, 24, act=spike, ema_decay=0.8, held_out_every_steps=3, export="best", spike_factor=2.0,
+        learning_rate=lambda step: 1e-3, save_every_steps=4,
+    )  # fmt: skip
 
 
 def _acting(run: Run, act: Any) -> Any:
@@ -164,6 +185,8 @@ def scenario(name: str, processes: Processes, directory: Path) -> Any:
             return trained(processes, directory / "poisoned", act=poison)
         case "stopped":
             return trained(processes, directory / "stopped", act=stop_once, save_every_steps=100)
+        case "watched":
+            return watched(processes, directory / "watched")
         case "others":
             return trained(processes, directory / "others", identity={"data": f"of {processes.rank}", "seed": 0})
         case "too many":

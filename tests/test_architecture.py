@@ -67,12 +67,11 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def layer_of(module: str) -> int:
-    for index, names in enumerate(LAYERS):
-        if module in names:
-            return index
-    for index, names in enumerate(LAYERS):
-        if module.partition(".")[0] in names:
-            return index
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        for index, names in enumerate(LAYERS):
+            if ".".join(parts[:length]) in names:
+                return index
     raise AssertionError(f"{module} has no place in LAYERS and in docs/architecture.md")
 
 

@@ -35,6 +35,7 @@ def identity(recipe: Recipe, pairs: cache.CachedPairs, family: Family) -> dict[s
         "pairs": pairs.fingerprint,
         "denoiser": family.fingerprint()["unet"],
         "dtype": recipe.base.dtype,
+        "quantization": recipe.base.quantization,
         "prediction_type": family.schedule.prediction_type,
     }
 
@@ -57,7 +58,7 @@ def family(recipe: Recipe, device: torch.device) -> Family:
 
 def open_base(chosen: Base, device: torch.device) -> Family:
     folder = tinyworld.base_path() if chosen.model == recipes.TINYWORLD else chosen.model
-    options = chosen.model_dump(include={"revision", "vae", "config", "prediction_type", "dtype"})
+    options = chosen.model_dump(include={"revision", "vae", "config", "prediction_type", "dtype", "quantization"})
     match chosen.family:
         case "sdxl":
             from lora_dpo.families.sdxl import SDXL

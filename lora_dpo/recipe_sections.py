@@ -50,6 +50,9 @@ class Base(Section):
         default=None, description="what the model predicts, where its files don't say so; it overrides them"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of the frozen weights")
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        default="none", description="of the denoiser's large linear layers, by bitsandbytes: less memory, more time"
+    )
 
 
 class Adapter(Section):

@@ -127,6 +127,8 @@ def run(
         raise UserError("a merged model has no rank and no second file", where="--merge", hint="leave it out")
     sources = [open_source(place, step) for place in places]
     chosen = base_of(sources, base, family, dtype if merge else None)
+    if merge:
+        chosen = chosen.model_copy(update={"quantization": "none"})  # into the weights, not into their codes
     where = parts.device(device)
     opened = parts.open_base(chosen, where)
     if merge:

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lora_dpo.errors import UserError
-from lora_dpo.families import Family, Moments, NotFiniteError
-from lora_dpo.families.files import ModelFiles
+from lora_dpo.families import Family, Moments, NotFiniteError, quantized
+from lora_dpo.families.files import ModelFiles, frozen
 from lora_dpo.families.folder import PipelineFolder
 from lora_dpo.families.schedule import Schedule
 from lora_dpo.families.single_file import SUFFIX, SingleFile
@@ -35,6 +35,7 @@ class UNetFamily(Family):
         config: for a single file: a diffusers folder or hub id with its configurations and tokenizers.
         prediction_type: "epsilon" or "v_prediction", in place of what the model's files say.
         dtype: of the denoiser and the text encoders: "float32", "bfloat16" or "float16".
+        quantization: of the denoiser's large linear layers: "none", "int8" or "nf4"; see `quantized`.
         device: where everything is computed.
 
     Raises:
@@ -53,12 +54,16 @@ class UNetFamily(Family):
         config: Path | str | None = None,
         prediction_type: str | None = None,
         dtype: str = "float32",
+        quantization: quantized.Kind = "none",
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}", "dtype", f"one of {', '.join(DTYPES)}")
         self.folder = _files(base, revision, vae, config, prediction_type)
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
+        self.quantization: quantized.Kind = quantization
+        if quantization != "none":
+            quantized.require()
         self._check_kind()
         self._vae_config, unet = self.folder.config("vae"), self.folder.config("unet")
         self.latent_channels = int(self._vae_config.get("latent_channels", 4))
@@ -84,8 +89,16 @@ class UNetFamily(Family):
     @final
     def denoiser(self) -> UNet2DConditionModel:
         if self._unet is None:
-            self._unet = self.folder.unet(self.dtype, self.device)
+            self._unet = self._load_unet()
         return self._unet
+
+    def _load_unet(self) -> UNet2DConditionModel:
+        if self.quantization == "none":
+            return self.folder.unet(self.dtype, self.device)
+        # Layer by layer onto the device: the whole of it may be more than that has room for.
+        unet = self.folder.unet(self.dtype, torch.device("cpu"))
+        quantized.quantize(unet, self.quantization, self.device)
+        return frozen(unet, self.device)
 
     @final
     def encode_images(self, pixels: Float[Tensor, "b 3 H W"]) -> Moments:

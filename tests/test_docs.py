@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from lora_dpo import cli, recipe, recipe_sections
+from lora_dpo import cli, recipe, recipe_sections, recipe_toml
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -72,7 +72,7 @@ def test_documented_commands_parse(document: Path, arguments: list[str], monkeyp
     if context.params.get("recipe"):
         overrides = [a for a in context.params.get("overrides") or [] if not a.startswith("data.path=")]
         source = context.params["recipe"]
-        if source in {"quickstart"} or source.endswith("_lora"):
+        if source in recipe_toml.shipped_names():
             recipe.load(source, [*overrides, *([] if source == "quickstart" else ["data.path=."])])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from diffusers import (
@@ -148,6 +150,29 @@ def test_leaves_the_pipeline_as_it_was(folders):
     assert [module.training for module in pipeline.unet.modules()] == before
     assert pipeline.safety_checker is checker
     assert pipeline._progress_bar_config == {"desc": "mine"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_text_encoders_are_aside_while_pictures_are_drawn(pipeline, monkeypatch, fails):
+    names = [name for name in ("text_encoder", "text_encoder_2") if name in pipeline.components]
+    before = {name: getattr(pipeline, name) for name in names}
+    config = dict(pipeline.config)
+    there = []
+    forward = pipeline.unet.forward
+
+    def watched(*args, **kwargs):
+        there.append([getattr(pipeline, name) for name in names])
+        if fails:
+            raise KeyError("no picture")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline.unet, "forward", watched)
+    with pytest.raises(KeyError) if fails else nullcontext():
+        sample(pipeline, PROMPTS, SEEDS, **OPTIONS)
+    assert there
+    assert all(encoder is None for step in there for encoder in step)
+    assert all(getattr(pipeline, name) is encoder for name, encoder in before.items())
+    assert dict(pipeline.config) == config
 
 
 def test_progress_counts_images(sdxl):

@@ -1,0 +1,75 @@
+"""The recipes that come with the package, as their users meet them."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+
+import pytest
+
+from lora_dpo import cli, recipe, recipe_toml
+
+NAMES = recipe_toml.shipped_names()
+SMALLER = {name: name.rpartition("_")[0] for name in NAMES if re.search(r"_\d+gb$", name)}
+DATA = "data.path=."
+
+
+def arguments(name: str) -> list[str]:
+    return [] if name == "quickstart" else [DATA]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_passes(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["check", name, *arguments(name), "--json"])
+    assert caught.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"]
+    assert document["recipe"]["name"] == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_begins_with_what_it_is_for_and_the_command(name: str) -> None:
+    first, second = recipe_toml.find(name).read_text("utf-8").splitlines()[:2]
+    assert first.startswith("# Diffusion-DPO on ")
+    assert second == f"#   lora-dpo train {name}" + ("" if name == "quickstart" else " data.path=/data/pickapic_v2")
+
+
+@pytest.mark.parametrize("name", ["sd15_lora", "sdxl_lora"])
+def test_every_choice_says_why(name: str) -> None:
+    """Each key has a comment beside or below it, but for names and for those that are said once above."""
+    lines = recipe_toml.find(name).read_text("utf-8").splitlines()
+    bare = {
+        line.split(" = ")[0]
+        for line, following in zip(lines, [*lines[1:], ""], strict=True)
+        if re.match(r"\w+ = ", line) and "#" not in line and not following.lstrip().startswith("#")
+    }
+    assert bare <= {"kind", "family", "save_every_steps", "gradient_checkpointing", "steps", "batch"}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_name_with_a_cards_memory_is_of_a_recipe_that_it_extends(name: str) -> None:
+    file = recipe_toml.find(name)
+    size = name.rpartition("_")[2].removesuffix("gb")
+    assert f"one card of {size} GB" in file.read_text("utf-8").splitlines()[0]
+    assert tomllib.loads(file.read_text("utf-8"))["extends"] == f"{SMALLER[name]}.toml"
+
+
+def test_sdxl_on_12_gb_learns_the_same() -> None:
+    """Its header says so: smaller passes, and nothing else that reaches the gradient."""
+    large, small = (recipe.load(name, [DATA]) for name in ("sdxl_lora", "sdxl_lora_12gb"))
+    assert recipe.differences(large, small) == ["evaluate.batch"]
+    assert small.train.micro_batch_pairs == 1
+    assert small.train.gradient_checkpointing
+
+
+def test_what_each_base_predicts_at_which_size() -> None:
+    loaded = {name: recipe.load(name, [DATA]) for name in NAMES if name != "quickstart"}
+    assert {name: one.data.resolution for name, one in loaded.items() if name not in SMALLER} == {
+        "sd15_lora": 512, "sd21_lora": 768, "sd21_base_lora": 512, "sdxl_lora": 1024
+    }  # fmt: skip
+    assert {one.base.family for name, one in loaded.items() if name.startswith("sdxl")} == {"sdxl"}
+    assert {one.base.family for name, one in loaded.items() if name.startswith("sd1")} == {"stable_diffusion"}
+    # What the models' folders say about ε and v is heeded.
+    assert all(one.base.prediction_type is None for one in loaded.values())

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"", "errors"},  # "" is lora_dpo/__init__.py
     {"atomic", "distributed", "ema", "peak_memory", "randomness", "progress", "recipe_toml", "stopping", "watch"},
     {"doctor_table", "methods.losses", "metrics_file", "recipe_errors", "run_lock", "summary"},
-    {"recipe_checks", "recipe_sections"},
+    {"adapted_layers", "recipe_checks", "recipe_sections"},
     {"recipe", "tinyworld"},
     {"data", "families", "scorers", "adapters"},
     {"cache_store"},
@@ -135,7 +135,8 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "allowed"), [("peft", {"adapters"}), ("gradio", set()), ("accelerate", {"distributed", "trackers"})]
+    ("library", "allowed"),
+    [("peft", {"adapted_layers", "adapters"}), ("gradio", set()), ("accelerate", {"distributed", "trackers"})],
 )
 def test_a_library_has_its_one_place(library: str, allowed: set[str]) -> None:
     users = {m for m, path in MODULES.items() for name, _ in imports(path) if name.partition(".")[0] == library}

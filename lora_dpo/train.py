@@ -151,6 +151,7 @@ def train(
 
     def look_back() -> tuple[Watch, int | None]:
         lines, kept = processes.from_main(lambda: (metrics.lines(), checkpoint.steps(run_dir)))
+        method.restart(lines)
         return Watch(spike_factor, lines), best_step(lines, kept)
 
     def save() -> None:
@@ -228,6 +229,7 @@ def train(
                 with _in_use(optimizer, ema):
                     measured = processes.from_main(lambda: dict(held_out()))
                 line |= {f"{HELD_OUT}{name}": value for name, value in measured.items()}
+            method.see(line)
             metrics.write(line)
             track(line)
             reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
@@ -308,6 +310,11 @@ MAX_ROLLBACKS = 2
 _SHOWN = ("loss", "margin", "implicit_accuracy", "learning_rate", "peak_memory_gib")
 
 
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """A new scope for every pass: its cache of cast weights must not outlive them."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def _accumulate(
     method: Method,
     batch: StepBatch,
@@ -320,10 +327,7 @@ def _accumulate(
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     for part in batch.parts(micro_batch_pairs):
-        # One autocast scope per part: its cache of cast weights must not outlive them.
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            parts = method.loss(part)
-        parts.loss.backward()
+        parts = method.backward(part, partial(_autocast, device, precision))
         losses.append(parts.per_pair)
         for name, value in parts.sums.items():
             sums[name] = sums[name] + value if name in sums else value

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_dpo import build, checkpoint, cli, completion, export, figures, recipe, sampling
 from lora_dpo.families.stable_diffusion import StableDiffusion
-from lora_dpo.methods.dpo import DPO
+from lora_dpo.methods.pairs import PairMethod
 from tests.support.models import save_random_pairs, save_random_sd
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def first_time(monkeypatch, owner: object, name: str, act: Callable[[], None]) -
 PHASES: dict[str, tuple[object, str]] = {
     "prompts into the cache": (StableDiffusion, "encode_prompts"),
     "images into the cache": (StableDiffusion, "encode_images"),
-    "training": (DPO, "loss"),
+    "training": (PairMethod, "loss"),
     "a checkpoint": (checkpoint, "_flatten"),
     "the export": (export, "_in_order"),
     "the held-out pairs": (completion, "held_out"),

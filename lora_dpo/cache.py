@@ -11,6 +11,7 @@ time: the VAE while images are encoded, the text encoders while prompts are, and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lora_dpo import cache_fill, cache_index
+from lora_dpo import cache_fill, cache_index, cache_use
 from lora_dpo.cache_fill import EMPTY, Progress, Work
 from lora_dpo.cache_index import Index
 from lora_dpo.cache_store import Damaged, Reader, Shard, Store, digest, discard
@@ -55,6 +56,7 @@ class CachedPairs:
         keys: a digest of (prompt, winner, loser) per pair, by which its draws are keyed.
         origins: "file:row" per pair.
         resolution: pixels.
+        encoded: how many "pictures" and "prompts" `fill` encoded in this process.
     """
 
     keys: Sequence[str]
@@ -62,11 +64,18 @@ class CachedPairs:
     origins: Sequence[str]
 
     def __init__(
-        self, index: Index, directory: Path, resolution: int, refill: Callable[[Damaged], CachedPairs]
+        self,
+        index: Index,
+        directory: Path,
+        resolution: int,
+        refill: Callable[[Damaged], CachedPairs],
+        encoded: Counter[str],
+        held: cache_use.Hold | None,
     ) -> None:
         self.report, self.keys, self.prompts, self.origins = index.report, index.keys, index.prompts, index.origins
         self.resolution, self.fingerprint = resolution, index.fingerprint
         self._index, self._refill = index, refill
+        self.encoded, self._held = encoded, held
         self._reader = Reader([directory / name for name in index.shards])
 
     def __len__(self) -> int:
@@ -96,6 +105,12 @@ class CachedPairs:
         """Paths, below the cache's directory, of the files that hold these pairs."""
         return list(self._index.shards)
 
+    def close(self) -> None:
+        """Lets go of the files; nothing can be read afterwards."""
+        self._reader.close()
+        if self._held is not None:
+            self._held.close()
+
     def _sound(self, read: Callable[[], list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
         for _ in range(ATTEMPTS):
             try:
@@ -123,6 +138,7 @@ def fill(
     progress: Progress | None = None,
     *,
     tell: Callable[[str], None] | None = None,
+    about: str = "",
     images_per_batch: int | None = None,
     bytes_per_shard: int = 64 << 20,
 ) -> CachedPairs:
@@ -134,6 +150,7 @@ def fill(
     Args:
         progress: called with (done, total or None, what is being done).
         tell: called with a line on damaged shards, and on other processes that are waited for.
+        about: what these pairs are, for people who look into the cache.
         images_per_batch: by default 32, and fewer where 32 pictures would have more than about two million pixels.
         bytes_per_shard: about so much is lost when a fill is killed.
 
@@ -146,9 +163,10 @@ def fill(
     say = tell or (lambda _: None)
     directory = Path(directory)
     made_by = family.fingerprint()
-    vae = digest(VERSION, made_by["vae"], resolution)
-    text = digest(VERSION, made_by["text_encoders"])
-    path = directory / f"pairs-{digest(source.fingerprint(), vae, text)}.safetensors"
+    vae, text = _made_by(family, resolution)
+    path = index_path(source, family, directory, resolution)
+    held = cache_use.hold(path, [f"moments-{vae}", f"prompts-{text}"], about, say)
+    encoded: Counter[str] = Counter()
 
     def refill(damage: Damaged) -> CachedPairs:
         if not _sound(damage.path):  # else another process has mended it by now
@@ -160,7 +178,7 @@ def fill(
         for _ in range(ATTEMPTS):
             index = cache_index.read(path)
             if index is not None and not _damaged(directory, index, say):
-                return CachedPairs(index, directory, resolution, refill)
+                return CachedPairs(index, directory, resolution, refill, encoded, held)
             build()
         raise LoraDpoError(
             f"{directory}: what was written here is gone or has changed at once\n"
@@ -188,6 +206,7 @@ def fill(
             directory / f"locks-{path.stem.removeprefix('pairs-')}",
             progress,
             say,
+            encoded,
         )
         for damage in (*work.images.damaged, *work.texts.damaged):
             say(_again(damage))
@@ -203,7 +222,23 @@ def fill(
         )
         cache_fill.finish(work)
 
-    return opened()
+    try:
+        return opened()
+    except BaseException:
+        if held is not None:
+            held.close()
+        raise
+
+
+def index_path(source: PreferenceSource, family: Family, directory: Path, resolution: int) -> Path:
+    """The file that `fill` writes last; its presence means that the pairs are encoded."""
+    return directory / f"pairs-{digest(source.fingerprint(), *_made_by(family, resolution))}.safetensors"
+
+
+def _made_by(family: Family, resolution: int) -> tuple[str, str]:
+    """Digests of what makes the pictures' rows, and of what makes the prompts'."""
+    made_by = family.fingerprint()
+    return digest(VERSION, made_by["vae"], resolution), digest(VERSION, made_by["text_encoders"])
 
 
 def _below(store: Store, key: str) -> tuple[str, int]:

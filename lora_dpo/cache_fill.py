@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Work:
         images_per_shard: a multiple of `batch`; also the images of a chunk.
         locks: the folder of this source's lock files.
         tell: one line for the user.
+        encoded: counts the "pictures" and "prompts" that this process encodes.
     """
 
     family: Family
@@ -57,6 +59,7 @@ class Work:
     locks: Path
     progress: Progress | None
     tell: Callable[[str], None]
+    encoded: Counter[str]
     use_locks: bool = True
     shown: int = field(default=0, init=False)
 
@@ -104,6 +107,7 @@ def encode_prompts(prompts: Iterable[str], work: Work) -> None:
                         f"the text encoder's {name} has NaN or infinite values for the prompt {prompt!r}"
                     )
             texts.add([digest(prompt) for prompt in part], conditioning)
+            work.encoded["prompts"] += len(part)
             if work.progress is not None:
                 work.progress(start + len(part), len(wanted), "encoding prompts")
         texts.flush()
@@ -163,6 +167,7 @@ class _Chunk:
             raise UserError("the VAE's moments have NaN or infinite values for a picture", bad, error.hint) from error
         sizes = torch.cat([size for _, size, _ in self._waiting.values()])
         self._work.images.add(list(self._waiting), {"mean": moments.mean, "std": moments.std, "geometry": sizes})
+        self._work.encoded["pictures"] += len(self._waiting)
         self._waiting.clear()
         self.encoded = True
 

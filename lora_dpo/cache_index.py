@@ -136,6 +136,10 @@ class Index:
         shard, row = self._texts[prompt].tolist()
         return shard, row
 
+    def places(self) -> np.ndarray:
+        """(shard, row) of every picture and prompt, int64 [n, 2], in memory."""
+        return np.concatenate([self._images.reshape(-1, 2), self._texts]).astype(np.int64)
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """The distinct (height, width) of pictures, in pixels."""
@@ -201,6 +205,27 @@ def read(path: Path) -> Index | None:
         return Index(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def used_rows(indexes: Sequence[Index]) -> Counter[str]:
+    """How many rows of each shard the pairs of these indexes are made of."""
+    number: dict[str, int] = {}
+    found = [np.empty(0, np.int64)]
+    for index in indexes:
+        shards = np.array([number.setdefault(name, len(number)) for name in index.shards], np.int64)
+        places = index.places()
+        found.append((shards[places[:, 0]] << 32) | places[:, 1])
+    counts = np.bincount(np.unique(np.concatenate(found)) >> 32, minlength=len(number))
+    return Counter(dict(zip(number, counts.tolist(), strict=True)))
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether the file is an index of another version's format."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()["format"] != FORMAT
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return False
 
 
 def _require_sound(path: Path) -> None:

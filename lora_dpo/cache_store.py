@@ -103,6 +103,15 @@ class Shard:
         self._file.__exit__(None, None, None)
 
 
+def read_about(directory: Path) -> dict[str, Any]:
+    """What made the rows of a store; empty where that can't be read."""
+    try:
+        about = json.loads((directory / ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def discard(path: Path) -> bool:
     """Deletes a damaged file; False where that isn't allowed."""
     try:

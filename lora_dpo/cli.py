@@ -179,6 +179,46 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
 
 
 @app.command()
+def cache(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every row that the recipe uses; encode again what is damaged.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete what no pairs are made of, and rests of processes that ended.")
+    ] = False,
+    all_but_this: Annotated[
+        bool, typer.Option("--all-but-this", help="With --prune: also what only other recipes use.")
+    ] = False,
+    unused_days: Annotated[
+        float | None, typer.Option("--unused-days", min=0, help="With --prune: also what wasn't used for so long.")
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete the other recipes' part, which is only listed else.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Show what is there and which of it the recipe uses.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a recipe's pictures and prompts ahead of training; or check, clear out or show what is encoded.
+
+    Several processes may do it at once: they divide the work.
+    """
+    from lora_dpo import recipe as recipes_
+    from lora_dpo.cache_table import text
+
+    resolved = recipes_.load(recipe, overrides or [])
+    with _reserved_stdout(as_json):
+        from lora_dpo import caching
+
+        wanted = caching.Wanted(verify, prune, stats, all_but_this, unused_days, yes)
+        document = caching.run(resolved, wanted, quiet=quiet)
+    if document is not None:
+        _print_json(document) if as_json else print(text(document))
+
+
+@app.command()
 def export(
     sources: Annotated[
         list[Path], typer.Argument(metavar="RUN_OR_ADAPTER...", help="Run folders, adapter folders or adapter files.")

@@ -6,24 +6,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_dpo import parts, report
-from lora_dpo.cache import CachedPairs, fill
+from lora_dpo.cache import CachedPairs, fill, index_path
+from lora_dpo.data import PreferenceSource
 from lora_dpo.errors import UserError
 from lora_dpo.evaluation import samples
 from lora_dpo.families import Family
 from lora_dpo.progress import Progress
 from lora_dpo.recipe import Recipe
 
+TRAIN, HELD_OUT = "train", "heldout"
+
 
 def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> CachedPairs:
     """The pairs to train on, encoded."""
-    source = parts.source(recipe, recipe.data.split)
-    return fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
+    return _filled(recipe, TRAIN, family, directory, progress)
+
+
+def indexes(recipe: Recipe, family: Family, directory: Path) -> dict[str, Path]:
+    """The cache's files that stand for the pairs to train on and for those held out, present or not."""
+    wanted = [TRAIN, HELD_OUT] if recipe.evaluate.implicit_pairs else [TRAIN]
+    return {name: index_path(_source(recipe, name), family, directory, recipe.data.resolution) for name in wanted}
+
+
+def _source(recipe: Recipe, name: str) -> PreferenceSource:
+    if name == TRAIN:
+        return parts.source(recipe, recipe.data.split)
+    return parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
+
+
+def _filled(recipe: Recipe, name: str, family: Family, directory: Path, progress: Progress) -> CachedPairs:
+    return fill(
+        _source(recipe, name),
+        family,
+        directory,
+        recipe.data.resolution,
+        count(progress),
+        tell=progress.message,
+        about=f"{recipe.data.path}, {name}",
+    )
 
 
 def tell(pairs: CachedPairs, family: Family, progress: Progress) -> int:
     """Says how many there are, what was dropped, and how many captions the text encoders cut, which it returns."""
     progress.message(pairs.report.summary())
-    cut = len(family.cut_prompts(list(pairs.prompts)))
+    cut = len(family.cut_prompts(pairs.prompts))
     if cut:
         progress.message(report.cut_captions(cut, len(pairs.prompts)))
     return cut
@@ -33,9 +59,8 @@ def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Pr
     """The pairs of the evaluation; None if the recipe wants none."""
     if not recipe.evaluate.implicit_pairs:
         return None
-    source = parts.source(recipe, recipe.data.heldout_split, recipe.evaluate.implicit_pairs)
     try:
-        return fill(source, family, directory, recipe.data.resolution, _count(progress), tell=progress.message)
+        return _filled(recipe, HELD_OUT, family, directory, progress)
     except UserError as error:
         hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
         raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
@@ -51,7 +76,7 @@ def prompts(recipe: Recipe) -> list[str]:
     return samples.first_distinct(found, wanted)
 
 
-def _count(progress: Progress) -> Callable[[int, int | None, str], None]:
+def count(progress: Progress) -> Callable[[int, int | None, str], None]:
     """A (done, total, what) callback as jobs of `progress`."""
     what, seen = None, 0
 

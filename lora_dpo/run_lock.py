@@ -94,11 +94,14 @@ class Answer(Enum):
 if sys.platform == "win32":
     import msvcrt
 
-    def try_lock(file: IO[bytes]) -> Answer:
+    def try_lock(file: IO[bytes] | int, *, shared: bool = False) -> Answer:
         """Asks for the lock of an open file, which lasts until the file is closed or the process dies."""
-        file.seek(2**30)  # a byte that nobody writes: locked ones can't be read by others
+        if shared:
+            return Answer.UNSUPPORTED
+        descriptor = file if isinstance(file, int) else file.fileno()
+        os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte that nobody writes: locked ones can't be read by others
         try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except OSError:
             return Answer.ANOTHERS
         return Answer.OURS
@@ -106,10 +109,14 @@ else:
     import errno
     import fcntl
 
-    def try_lock(file: IO[bytes]) -> Answer:
-        """Asks for the lock of an open file, which lasts until the file is closed or the process dies."""
+    def try_lock(file: IO[bytes] | int, *, shared: bool = False) -> Answer:
+        """Asks for the lock of an open file, which lasts until the file is closed or the process dies.
+
+        Args:
+            shared: others may have it too, if they share it.
+        """
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             return Answer.ANOTHERS
         except OSError as error:

@@ -1,6 +1,6 @@
 """LoRA on the denoiser, with the policy and the reference as two states of one network.
 
-The adapters are on: the policy. They are off: the reference, bit for bit the base model. Nothing else imports peft.
+The adapters are on: the policy. They are off: the reference, bit for bit the base model.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lora_dpo.adapted_layers import CLASSES, PARTS, POLICY, Adapted, Switch
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.randomness import torch_generator
 
-NAME = "lora_dpo"
 INITIAL_WEIGHTS = "initial adapter weights"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Of the ResNets and the layers between resolutions. Not conv_in and conv_out: with 4 channels on one side, they have no
@@ -46,11 +46,13 @@ class Adapters:
     """
 
     def __init__(
-        self, denoiser: nn.Module, layers: dict[str, LoraLayer], rank: int, alpha: float, rslora: bool = False
+        self, denoiser: nn.Module, layers: dict[str, Adapted], rank: int, alpha: float, rslora: bool = False
     ) -> None:
         self.rank, self.alpha, self.layers = rank, alpha, layers
         self.scale = scale_of(rank, alpha, rslora)
-        self._denoiser, self._depth = denoiser, 0
+        self._denoiser, self._switch = denoiser, Switch()
+        for layer in layers.values():
+            layer.switch = self._switch
 
     @staticmethod
     def attach(
@@ -85,9 +87,10 @@ class Adapters:
         # `lora_alpha` is the alpha itself; peft divides by the rank.
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": rslora}
         config = LoraConfig(target_modules=names, bias="none", **options)
+        config._register_custom_module(CLASSES)
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(config, denoiser, adapter_name=NAME)
-        layers = {name: m for name, m in sorted(denoiser.named_modules()) if isinstance(m, LoraLayer)}
+            inject_adapter_in_model(config, denoiser, adapter_name=POLICY)
+        layers = {name: m for name, m in sorted(denoiser.named_modules()) if isinstance(m, Adapted)}
         if set(layers) != set(names):
             raise LoraDpoError(f"peft adapted other layers than asked for: {sorted(set(layers) ^ set(names))[:8]}")
         adapters = Adapters(denoiser, layers, rank, alpha, rslora)
@@ -98,8 +101,7 @@ class Adapters:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable weights, float32, ordered by name (`….to_q.lora_A.weight`, without the adapter's name)."""
-        pairs = ((f"{name}.{part}.weight", part, layer) for name, layer in self.layers.items() for part in _PARTS)
-        return {name: getattr(layer, part)[NAME].weight for name, part, layer in pairs}
+        return {f"{name}.{part}.weight": layer.weight_of(part) for name, layer in self.layers.items() for part in PARTS}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -108,17 +110,11 @@ class Adapters:
         `backward()` of a policy pass must not run in here: under gradient checkpointing it repeats the forward pass,
         and would repeat it without adapters.
         """
-        self._switch(+1)
+        before, self._switch.active = self._switch.active, None
         try:
             yield
         finally:
-            self._switch(-1)
-
-    def _switch(self, change: int) -> None:
-        self._depth += change
-        for layer in self.layers.values():
-            # Not `enable_adapters`: it also rewrites requires_grad of every weight, twice a micro-batch.
-            layer._disable_adapters = self._depth > 0
+            self._switch.active = before
 
     def train(self, mode: bool = True) -> None:
         """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""
@@ -127,7 +123,7 @@ class Adapters:
 
     @property
     def has_dropout(self) -> bool:
-        return any(isinstance(layer.lora_dropout[NAME], nn.Dropout) for layer in self.layers.values())
+        return any(isinstance(layer.lora_dropout[POLICY], nn.Dropout) for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies on the CPU, named as in `parameters`."""
@@ -161,7 +157,7 @@ class Adapters:
         """‖ΔW‖: Frobenius norm over all layers of the update scale·B·A; 0 at the start."""
         squares = []
         for layer in self.layers.values():
-            a, b = (getattr(layer, part)[NAME].weight.flatten(1) for part in _PARTS)
+            a, b = (layer.weight_of(part).flatten(1) for part in PARTS)
             # ‖BA‖² = tr(BᵀB · AAᵀ): rank × rank, ΔW itself is never formed.
             squares.append(((b.T @ b) * (a @ a.T)).sum())
         return self.scale * math.sqrt(max(torch.stack(squares).sum().item(), 0.0))
@@ -170,11 +166,8 @@ class Adapters:
         """Take the adapters out; the denoiser is the plain base again. Their weights stay readable here."""
         for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
-            setattr(self._denoiser.get_submodule(parent), child, layer.get_base_layer())
+            setattr(self._denoiser.get_submodule(parent), child, layer.base_layer)
         self._denoiser.__dict__.pop("peft_config", None)
-
-
-_PARTS = ("lora_A", "lora_B")
 
 
 def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:

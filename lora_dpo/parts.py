@@ -15,7 +15,8 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.data import PreferenceSource
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
-from lora_dpo.methods import Method
+from lora_dpo.methods import Method, objectives
+from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_checks import SINGLE_FILE
@@ -119,15 +120,15 @@ def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: A
         caption_dropout=recipe.data.caption_dropout,
         timestep_range=recipe.method.timestep_range,
     )
+    return PairMethod(stream, family, adapters, objective(recipe))
+
+
+def objective(recipe: Recipe) -> objectives.Objective:
     match recipe.method:
         case Dpo(beta=beta):
-            from lora_dpo.methods.dpo import DPO
-
-            return DPO(stream, family, adapters, beta=beta)
+            return objectives.Dpo(beta)
         case Sft():
-            from lora_dpo.methods.sft import SFT
-
-            return SFT(stream, family, adapters)
+            return objectives.Sft()
 
 
 def scorer(recipe: Recipe) -> Scorer | None:

@@ -199,7 +199,8 @@ def _method(
     if resolution is not None:
         rows["resolution"] = f"{resolution} px"
     rows["time"] = f"{result['train_seconds']:,.0f} s of training on {result['device']}"
-    rows["peak memory"] = f"{result['peak_memory_gib']:.2f} GiB"
+    phases = ", ".join(f"{phase} {gib:.2f}" for phase, gib in result.get("peak_memory_gib_of", {}).items())
+    rows["peak memory"] = f"{result['peak_memory_gib']:.2f} GiB" + (f" ({phases})" if phases else "")
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines = ["| setting | value |", "|---|---|", *(f"| {_line(k)} | {_line(_value(v))} |" for k, v in rows.items())]
     return "\n".join(lines)

@@ -120,6 +120,14 @@ def finish(run_dir: Path, result: dict[str, Any]) -> None:
 
 def train_seconds(run_dir: Path, up_to_step: int) -> float:
     """Time spent in the optimizer steps 1 … `up_to_step`, over all calls that the run took."""
+    return sum((line["seconds"] for line in _lines(run_dir) if line["step"] <= up_to_step), 0.0)
+
+
+def training_gib(run_dir: Path) -> float:
+    """The most memory in use while training, over all calls that the run took."""
+    return max((line["peak_memory_gib"] for line in _lines(run_dir)), default=0.0)
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
     with (run_dir / METRICS).open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return sum((line["seconds"] for line in lines if line["step"] <= up_to_step), 0.0)
+        return [json.loads(line) for line in file]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from lora_dpo import atomic, checkpoint, optimizers
+from lora_dpo import atomic, checkpoint, optimizers, peak_memory
 from lora_dpo.adapters import Adapters
 from lora_dpo.distributed import Processes
 from lora_dpo.ema import Ema
@@ -40,7 +39,7 @@ class TrainResult:
         steps: optimizer steps that the adapters now have behind them.
         resumed_from: the step it began at; 0 for a new run, `steps` for one that was finished already.
         seconds: spent in this call.
-        peak_memory_gib: of the GPU's memory there, of the process's on a CPU.
+        peak_memory_gib: since training began; of the GPU's memory there, of the process's on a CPU.
         metrics: the last step's line of `metrics.jsonl`; empty if no step was made.
         exported_step: the step whose weights the adapters have.
         rollbacks: how many spikes it went back from.
@@ -113,6 +112,7 @@ def train(
         Interrupted: on Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
     run_dir, began = Path(run_dir), time.monotonic()
+    peak_memory.restart(device)
     processes = processes or Processes()
     processes.require_same(identity, "the processes don't train the same")
     ema = Ema(adapters.parameters(), ema_decay) if ema_decay is not None else None
@@ -151,6 +151,7 @@ def train(
 
     def look_back() -> tuple[Watch, int | None]:
         lines, kept = processes.from_main(lambda: (metrics.lines(), checkpoint.steps(run_dir)))
+        method.restart(lines)
         return Watch(spike_factor, lines), best_step(lines, kept)
 
     def save() -> None:
@@ -205,7 +206,7 @@ def train(
                 "adapter_norm": adapters.norm(),
                 "pairs_per_second": len(batch) / seconds,
                 "seconds": seconds,
-                "peak_memory_gib": peak_memory_gib(device),
+                "peak_memory_gib": peak_memory.gib(device),
             }
             watch.see(line)
             if (problem := watch.spike()) is not None:
@@ -228,6 +229,7 @@ def train(
                 with _in_use(optimizer, ema):
                     measured = processes.from_main(lambda: dict(held_out()))
                 line |= {f"{HELD_OUT}{name}": value for name, value in measured.items()}
+            method.see(line)
             metrics.write(line)
             track(line)
             reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
@@ -254,7 +256,7 @@ def train(
     optimizers.use_evaluation_weights(optimizer)
     if ema is not None:
         ema.put_in()
-    seconds, memory = time.monotonic() - began, peak_memory_gib(device)
+    seconds, memory = time.monotonic() - began, peak_memory.gib(device)
     return TrainResult(steps, resumed_from, seconds, memory, line, exported, len(rollbacks))
 
 
@@ -308,18 +310,9 @@ MAX_ROLLBACKS = 2
 _SHOWN = ("loss", "margin", "implicit_accuracy", "learning_rate", "peak_memory_gib")
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory in use so far: the GPU's allocated, or the process's resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """A new scope for every pass: its cache of cast weights must not outlive them."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _accumulate(
@@ -334,10 +327,7 @@ def _accumulate(
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     for part in batch.parts(micro_batch_pairs):
-        # One autocast scope per part: its cache of cast weights must not outlive them.
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            parts = method.loss(part)
-        parts.loss.backward()
+        parts = method.backward(part, partial(_autocast, device, precision))
         losses.append(parts.per_pair)
         for name, value in parts.sums.items():
             sums[name] = sums[name] + value if name in sums else value

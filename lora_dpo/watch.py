@@ -59,7 +59,7 @@ class Watch:
     def drift(self) -> str | None:
         """Said once when it begins; None while it lasts and otherwise."""
         recent = list(self._lines)[-DRIFT_STEPS:]
-        if len(recent) < DRIFT_STEPS or "ref_error_winner" not in recent[-1]:
+        if len(recent) < DRIFT_STEPS or "ref_error_loser" not in recent[-1]:
             return None
         winner, loser = _ratio(recent, "winner"), _ratio(recent, "loser")
         drifting = min(winner, loser) > DRIFT

@@ -27,6 +27,11 @@ from tests.support.models import save_random_sd, save_random_sdxl
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPTS = ["a red circle", "", "zwei blaue Häuser, and far too many words to fit into sixteen tokens"]
+# Of more kinds: scripts, composed and decomposed accents, emoji of several characters, white space, control characters.
+WRITTEN = [
+    *PROMPTS, " ", "  A  Red\tCircle \n", "красный круг", "赤い丸", "دائرة حمراء", "e\u0301 \u00e9",
+    "\U0001f469\u200d\U0001f3a8", "a\u0000b", "<|endoftext|> inside", "a (red:1.3) [circle], {best}", "x" * 500,
+]  # fmt: skip
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -117,15 +122,19 @@ def test_other_schedules_are_refused(config, said):
 # Conditioning
 
 
-def test_sdxls_conditioning_is_the_stock_pipelines(sdxl, sdxl_path):
-    stock = StableDiffusionXLPipeline.from_pretrained(sdxl_path)
-    embeds, negative, pooled, negative_pooled = stock.encode_prompt(PROMPTS, device="cpu")
-    ours = sdxl.encode_prompts(PROMPTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sdxls_conditioning_is_the_stock_pipelines(sdxl_path, dtype):
+    stock = StableDiffusionXLPipeline.from_pretrained(sdxl_path, dtype=getattr(torch, dtype))
+    embeds, negative, pooled, negative_pooled = stock.encode_prompt(WRITTEN, device="cpu")
+    ours = SDXL(sdxl_path, dtype=dtype).encode_prompts(WRITTEN)
     assert list(ours) == ["prompt_embeds", "pooled"]
-    for name, text, empty in (("prompt_embeds", embeds, negative), ("pooled", pooled, negative_pooled)):
-        assert torch.equal(ours[name][[0, 2]], text[[0, 2]])
-        assert torch.equal(ours[name][1], empty[1])
-        assert not ours[name][1].any()
+    empty, others = [WRITTEN.index("")], [n for n, prompt in enumerate(WRITTEN) if prompt]
+    for name, text, unconditional in (("prompt_embeds", embeds, negative), ("pooled", pooled, negative_pooled)):
+        assert ours[name].dtype == text.dtype == getattr(torch, dtype)
+        assert torch.equal(ours[name][others], text[others])
+        # Nothing is a prompt for the picture and the absence of one for guidance; training means the latter.
+        assert torch.equal(ours[name][empty], unconditional[empty])
+        assert not ours[name][empty].any()
 
 
 def test_without_forced_zeros_the_empty_prompt_is_encoded(sdxl_path, tmp_path):
@@ -142,16 +151,19 @@ def test_without_forced_zeros_the_empty_prompt_is_encoded(sdxl_path, tmp_path):
     assert torch.equal(pooled, negative_pooled)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("version", "prediction_type"), [(1, "epsilon"), (2, "epsilon"), (2, "v_prediction")])
-def test_stable_diffusions_conditioning_is_the_stock_pipelines(version, prediction_type, tmp_path):
+def test_stable_diffusions_conditioning_is_the_stock_pipelines(version, prediction_type, dtype, tmp_path):
     path = save_random_sd(tmp_path / "sd", version=version, prediction_type=prediction_type)
-    stock, sd = StableDiffusionPipeline.from_pretrained(path), StableDiffusion(path)
-    embeds, negative = stock.encode_prompt(PROMPTS, "cpu", 1, True)
-    ours = sd.encode_prompts(PROMPTS)
+    stock = StableDiffusionPipeline.from_pretrained(path, dtype=getattr(torch, dtype))
+    sd = StableDiffusion(path, dtype=dtype)
+    embeds, negative = stock.encode_prompt(WRITTEN, "cpu", 1, True)
+    ours = sd.encode_prompts(WRITTEN)
     assert list(ours) == ["prompt_embeds"]
+    assert ours["prompt_embeds"].dtype == embeds.dtype == getattr(torch, dtype)
     assert torch.equal(ours["prompt_embeds"], embeds)
-    assert torch.equal(embeds[1], negative[1])
-    assert sd.with_geometry(ours, uncropped(64, 64, 3)) is ours
+    assert torch.equal(embeds[WRITTEN.index("")], negative[0])
+    assert sd.with_geometry(ours, uncropped(64, 64, len(WRITTEN))) is ours
 
 
 def test_prompts_beyond_the_text_encoders_window_are_told(family):

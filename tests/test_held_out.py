@@ -18,7 +18,8 @@ from lora_dpo.evaluation.held_out import held_out
 from lora_dpo.evaluation.statistics import wilson_interval
 from lora_dpo.families import Moments
 from lora_dpo.families.sdxl import SDXL
-from lora_dpo.methods.dpo import DPO
+from lora_dpo.methods.objectives import Dpo
+from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
 from tests.support.models import save_random_pairs, save_random_sdxl
 
@@ -108,7 +109,7 @@ def test_the_sign_is_the_papers(world, adapters):
     perturb(adapters, scale=0.01)
     before = held_out(family, adapters, pairs, beta=2000, draws=2)
     optimizer = torch.optim.Adam(parameters, lr=0.02)
-    method = DPO(PairStream(pairs, family, seed=0, batch_pairs=12), family, adapters, beta=2000)
+    method = PairMethod(PairStream(pairs, family, seed=0, batch_pairs=12), family, adapters, Dpo(2000))
     for batch, _ in zip(method.batches(0), range(12), strict=False):
         optimizer.zero_grad()
         for part in batch.parts():

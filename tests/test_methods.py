@@ -13,8 +13,8 @@ from lora_dpo import denoising
 from lora_dpo.errors import UserError
 from lora_dpo.families.stable_diffusion import StableDiffusion
 from lora_dpo.methods import Method, losses
-from lora_dpo.methods.dpo import DPO
-from lora_dpo.methods.sft import SFT
+from lora_dpo.methods.objectives import Dpo, Sft
+from lora_dpo.methods.pairs import PairMethod
 from tests.support.training import PAIRS, World, attach, make_world, stream
 
 BETA = 500.0
@@ -168,7 +168,7 @@ def test_first_step_of_dpo(any_world):
     family = any_world.family()
     pairs = any_world.pairs(family)
     adapters = attach(family)
-    method = DPO(stream(pairs, family), family, adapters, beta=5000.0)
+    method = PairMethod(stream(pairs, family), family, adapters, Dpo(5000.0))
     part = next(next(method.batches(0)).parts())
     parts = method.loss(part)
     mean = {name: value.item() / len(part) for name, value in parts.sums.items()}
@@ -191,7 +191,7 @@ def test_dpo_loss_is_that_of_its_errors(any_world):
     adapters = attach(family, moved=0.2)
     part = next(stream(pairs, family).batch(0).parts())
     with torch.no_grad():
-        got = DPO(stream(pairs, family), family, adapters, beta=BETA).loss(part)
+        got = PairMethod(stream(pairs, family), family, adapters, Dpo(BETA)).loss(part)
         sides = ((part.x_0_winner, part.conditioning_winner), (part.x_0_loser, part.conditioning_loser))
         policy = [denoising.errors(family, x_0, part.noise, part.t, c) for x_0, c in sides]
         with adapters.reference():
@@ -209,7 +209,7 @@ def test_dpo_loss_is_that_of_its_errors(any_world):
 def test_dpo_gradient_is_the_closed_form(family, pairs):
     """∇ = Σ (β/2)·σ(−u)·(∇e_w − ∇e_l) / pairs, from gradients of the errors alone."""
     adapters = attach(family, moved=0.2)
-    method = DPO(stream(pairs, family), family, adapters, beta=BETA)
+    method = PairMethod(stream(pairs, family), family, adapters, Dpo(BETA))
     batch = next(method.batches(0))
     got, _ = gradient(method, adapters, batch, None)
     part = next(batch.parts())
@@ -231,7 +231,7 @@ def test_dpo_gradient_is_the_closed_form(family, pairs):
 def test_micro_batches_give_the_same_gradient(family, pairs, kind):
     adapters = attach(family, moved=0.1)
     drawn = stream(pairs, family)
-    method = DPO(drawn, family, adapters, beta=BETA) if kind == "dpo" else SFT(drawn, family, adapters)
+    method = PairMethod(drawn, family, adapters, Dpo(BETA) if kind == "dpo" else Sft())
     batch = next(method.batches(0))
     whole, loss = gradient(method, adapters, batch, 8)
     largest = max(grad.abs().max().item() for grad in whole.values())
@@ -244,7 +244,7 @@ def test_micro_batches_give_the_same_gradient(family, pairs, kind):
 
 def test_sft_is_the_denoising_error_of_the_winners(family, pairs):
     adapters = attach(family, moved=0.1)
-    method = SFT(stream(pairs, family), family, adapters)
+    method = PairMethod(stream(pairs, family), family, adapters, Sft())
     part = next(next(method.batches(0)).parts())
     got = method.loss(part)
     x_t = family.schedule.add_noise(part.x_0_winner, part.noise, part.t)
@@ -257,8 +257,8 @@ def test_sft_is_the_denoising_error_of_the_winners(family, pairs):
 def test_methods_share_their_draws(family, pairs):
     """A baseline that differs in its method only sees the same pairs, timesteps and noise."""
     adapters = attach(family)
-    by_dpo = next(DPO(stream(pairs, family), family, adapters, beta=1.0).batches(2))
-    by_sft = next(SFT(stream(pairs, family), family, adapters).batches(2))
+    by_dpo = next(PairMethod(stream(pairs, family), family, adapters, Dpo(1.0)).batches(2))
+    by_sft = next(PairMethod(stream(pairs, family), family, adapters, Sft()).batches(2))
     one, two = flat(next(by_dpo.parts())), flat(next(by_sft.parts()))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
@@ -283,7 +283,7 @@ def test_adapter_dropout_is_in_the_policy_pass_only_and_repeats(world):
     family = world.family()
     pairs = world.pairs(family)
     adapters = attach(family, moved=0.2, dropout=0.5)
-    method = DPO(stream(pairs, family), family, adapters, beta=BETA)
+    method = PairMethod(stream(pairs, family), family, adapters, Dpo(BETA))
     part = next(next(method.batches(0)).parts())
     with torch.no_grad():
         off = method.loss(part)

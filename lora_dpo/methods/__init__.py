@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_dpo.methods.stream import Part, StepBatch
+
+# Makes the scope of one pass through the network: torch's autocast, for instance.
+PassScope = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,8 @@ class LossParts:
     """What one part of an optimizer step adds to it.
 
     Attributes:
-        loss: the sum of the part's pair losses over the pairs of the whole step, with its graph; the parts' gradients
-            add up to the step's.
+        loss: the sum of the part's pair losses over the pairs of the whole step; the parts' gradients add up to the
+            step's.
         per_pair: each pair's loss, without a graph.
         sums: sums over the part's pairs of everything that is logged; the step's mean is their total over its pairs.
     """
@@ -37,7 +42,20 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, part: Part) -> LossParts:
-        """Deterministic: the same part and weights give the same loss."""
+        """With its graph. Deterministic: the same part, weights and lines seen give the same loss."""
+
+    def backward(self, part: Part, pass_scope: PassScope = nullcontext) -> LossParts:
+        """Add the part's gradient to the parameters'; the loss that is returned has no use for its graph any more."""
+        with pass_scope():
+            parts = self.loss(part)
+        parts.loss.backward()
+        return parts
+
+    def restart(self, lines: Sequence[Mapping[str, float]]) -> None:  # noqa: B027
+        """Training begins, resumes or goes back, with these lines of `metrics.jsonl` behind it."""
+
+    def see(self, line: Mapping[str, float]) -> None:  # noqa: B027
+        """An optimizer step was made, and this is its line: the same on all processes."""
 
 
-__all__ = ["LossParts", "Method", "Part", "StepBatch"]
+__all__ = ["LossParts", "Method", "Part", "PassScope", "StepBatch"]

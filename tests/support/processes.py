@@ -20,7 +20,8 @@ import torch
 from lora_dpo.distributed import Processes, connect
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import LossParts, Method
-from lora_dpo.methods.dpo import DPO
+from lora_dpo.methods.objectives import Dpo
+from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.train import _accumulate
 from tests.support.toy import Run, ToyPairs
@@ -77,7 +78,7 @@ def gradient(processes: Processes, batch_pairs: int, micro_batch_pairs: int | No
     for parameter in parameters.values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     stream = PairStream(ToyPairs(7), run.family, seed=0, batch_pairs=batch_pairs)
-    method = DPO(stream, run.family, run.adapters, beta=200.0)
+    method = PairMethod(stream, run.family, run.adapters, Dpo(200.0))
     run.adapters.train()
     batch = stream.batch(3)
     sums = _accumulate(

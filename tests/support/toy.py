@@ -12,7 +12,8 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.cache import CachedPair, CachedPairs
 from lora_dpo.families import Family, Moments, uncropped
 from lora_dpo.families.schedule import Schedule
-from lora_dpo.methods.dpo import DPO
+from lora_dpo.methods.objectives import Dpo
+from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.train import TrainResult, train
 
@@ -101,7 +102,7 @@ class Run:
         self.family = family
         self.adapters = Adapters.attach(family.denoiser, rank=8, alpha=8.0, targets=["1"], dropout=dropout, seed=seed)
         stream = PairStream(ToyPairs(7), family, seed=seed, batch_pairs=4)
-        self.method = DPO(stream, family, self.adapters, beta=200.0)
+        self.method = PairMethod(stream, family, self.adapters, Dpo(200.0))
         self.optimizer = optimizers.build(optimizer, self.adapters.parameters(), learning_rate=1.0)
 
     def train(self, steps: int = 6, **options) -> TrainResult:

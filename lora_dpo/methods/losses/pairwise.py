@@ -23,9 +23,10 @@ def dpo(
     ref_error_winner: Float[Tensor, " pair"],
     ref_error_loser: Float[Tensor, " pair"],
     beta: float,
+    weight: Float[Tensor, " pair"] | None = None,
 ) -> Float[Tensor, " pair"]:
     """Diffusion-DPO: −log σ(u) with `margin`'s u; ln 2 where policy and reference agree (eq. 14, eq. 46)."""
-    return -logsigmoid(margin(error_winner, error_loser, ref_error_winner, ref_error_loser, beta))
+    return -logsigmoid(margin(error_winner, error_loser, ref_error_winner, ref_error_loser, beta, weight))
 
 
 def cross_entropy(u: Float[Tensor, " pair"], label: Label = 1.0) -> Float[Tensor, " pair"]:

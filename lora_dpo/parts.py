@@ -120,7 +120,7 @@ def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: A
         caption_dropout=recipe.data.caption_dropout,
         timestep_range=recipe.method.timestep_range,
     )
-    return PairMethod(stream, family, adapters, objective(recipe))
+    return PairMethod(stream, family, adapters, objective(recipe), pair_pass=recipe.train.pair_pass)
 
 
 def objective(recipe: Recipe) -> objectives.Objective:

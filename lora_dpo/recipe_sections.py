@@ -119,6 +119,9 @@ class Train(Section):
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
     gradient_checkpointing: bool = False
+    pair_pass: Literal["plain", "split"] = Field(
+        default="plain", description="split: one image at a time, with half of a pair's activations"
+    )
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: torch's autocast")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
 
@@ -183,5 +186,6 @@ FREE_KEYS = frozenset(
         "train.keep_checkpoints",
         "train.micro_batch_pairs",
         "train.gradient_checkpointing",
+        "train.pair_pass",
     }
 )

@@ -310,7 +310,7 @@ MAX_ROLLBACKS = 2
 _SHOWN = ("loss", "margin", "implicit_accuracy", "learning_rate", "peak_memory_gib")
 
 
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """A new scope for every pass: its cache of cast weights must not outlive them."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -327,7 +327,7 @@ def _accumulate(
     sums: dict[str, Tensor] = {}
     losses: list[Tensor] = []
     for part in batch.parts(micro_batch_pairs):
-        parts = method.backward(part, partial(_autocast, device, precision))
+        parts = method.backward(part, partial(autocast, device, precision))
         losses.append(parts.per_pair)
         for name, value in parts.sums.items():
             sums[name] = sums[name] + value if name in sums else value

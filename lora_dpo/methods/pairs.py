@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import final
+from contextlib import nullcontext
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
@@ -12,10 +13,13 @@ from torch import Tensor
 from lora_dpo import denoising
 from lora_dpo.adapters import Adapters
 from lora_dpo.denoising import ErrorSpace
-from lora_dpo.families import Conditioning, Family
-from lora_dpo.methods import LossParts, Method
+from lora_dpo.families import Family
+from lora_dpo.methods import LossParts, Method, PassScope
 from lora_dpo.methods.objectives import Objective, PairErrors
-from lora_dpo.methods.stream import PairStream, Part, StepBatch
+from lora_dpo.methods.stream import Images, PairStream, Part, Side, StepBatch
+
+PairPass = Literal["plain", "split"]
+_WITH_GRADIENT = ("", "shift_")
 
 
 @final
@@ -25,6 +29,8 @@ class PairMethod(Method):
     Args:
         error_space: what an error means for v-prediction; see `denoising.errors`.
         timestep_weights: w(t) of `PairErrors.weight` for each t; None: 1. See `losses.timestep_weights`.
+        pair_pass: of `backward`. "plain": all images of a part in one pass. "split": one image at a time, whatever the
+            part's size; the gradient is the same to rounding, with one image's activations. See `_split`.
     """
 
     def __init__(
@@ -36,11 +42,12 @@ class PairMethod(Method):
         *,
         error_space: ErrorSpace = "epsilon",
         timestep_weights: Float[Tensor, " T"] | None = None,
+        pair_pass: PairPass = "plain",
     ) -> None:
         self._stream, self._family, self._adapters = stream, family, adapters
         self._first = self.objective = objective
         self._error_space: ErrorSpace = error_space
-        self._timestep_weights = timestep_weights
+        self._timestep_weights, self._pair_pass = timestep_weights, pair_pass
 
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         return self._stream.batches(start_step)
@@ -56,61 +63,155 @@ class PairMethod(Method):
     def loss(self, part: Part) -> LossParts:
         """Winners and losers go through the network together, the reference first: its activations are gone by then.
 
-        Sums: loss; error_winner; where they are needed, error_loser, ref_error_winner, ref_error_loser, shift_winner
-        and shift_loser; where the objective has a margin u, margin, implicit_accuracy (its sign; ties half) and
+        Sums: loss; error_winner; where they are needed, error_loser, ref_error_winner, ref_error_loser, shift_winner,
+        shift_loser and overlap; where the objective has a margin u, margin, implicit_accuracy (its sign; ties half) and
         gradient_factor (σ(−u): of DPO's gradient, what is left); and what the objective logs itself.
         """
-        errors = self._errors(part)
-        per_pair = self.objective(errors)
+        images = part.images(*self._sides)
+        reference = self._reference(images, nullcontext)
+        with part.dropout(self._adapters):
+            residual = denoising.residuals(self._family, *images)
+        found = self._measure(images, residual, reference)
+        measured = {
+            f"{name}{side}": value
+            for name, values in found.items()
+            for side, value in zip(self._sides, values.split(len(part)), strict=True)
+        }
+        return self._evaluate(part, measured, residual.detach().split(len(part)))
+
+    def backward(self, part: Part, pass_scope: PassScope = nullcontext) -> LossParts:
+        if self._pair_pass == "plain":
+            return super().backward(part, pass_scope)
+        pairs = [self._split(part.pair(place), pass_scope) for place in range(len(part))]
         return LossParts(
-            loss=per_pair.sum() / part.batch_pairs,
-            per_pair=per_pair.detach(),
-            sums=_sums(self.objective, errors, per_pair),
+            loss=torch.stack([pair.loss for pair in pairs]).sum(),
+            per_pair=torch.cat([pair.per_pair for pair in pairs]),
+            sums={name: torch.stack([pair.sums[name] for pair in pairs]).sum() for name in pairs[0].sums},
         )
 
-    def _errors(self, part: Part) -> PairErrors:
-        needs = self.objective.needs
-        both = "loser" in needs
-        reference = None
-        if needs & {"reference", "shift"}:
-            with torch.no_grad(), self._adapters.reference():
-                reference = self._residuals(part, both)
-        with part.dropout(self._adapters):
-            residual = self._residuals(part, both)
-        t = torch.cat([part.t] * (1 + both))
-        found: dict[str, Tensor] = {}
+    def _split(self, pair: Part, pass_scope: PassScope) -> LossParts:
+        """Adds one pair's gradient, one image at a time, in as many forward and backward passes as the plain way.
 
-        def measure(name: str, one: Tensor, other: Tensor) -> None:
-            mean = denoising.mean_product(self._family, one, other, t[: len(one)], self._error_space)
-            sides = mean.split(len(part))
-            found.update({f"{name}{side}": value for side, value in zip(("winner", "loser"), sides, strict=False)})
+        How much each image weighs, ∂loss/∂e_w and ∂loss/∂e_l, is known only when both have been through the network.
+        But the gradient of an error itself can be taken before, and with LoRA it is small: the winner's is computed and
+        set aside, and is weighed when the loser has been measured. A shift's gradient takes a backward pass of its own.
+        """
+        parameters = list(self._adapters.parameters().values())
+        measured: dict[str, Tensor] = {}
+        residuals: list[Tensor] = []
+        aside: dict[str, list[Tensor | None]] = {}
+        factor = torch.ones(())
+        for side in self._sides:
+            images = pair.images(side)
+            reference = self._reference(images, pass_scope)
+            with pass_scope(), pair.dropout(self._adapters, side):
+                residual = denoising.residuals(self._family, *images)
+                found = self._measure(images, residual, reference)
+            residuals.append(residual.detach())
+            measured |= {f"{name}{side}": value for name, value in found.items()}
+            if side != self._sides[-1]:
+                factor = self._usual_weight(pair, found[""])
+                of_gradients = [name for name in _WITH_GRADIENT if name in found]
+                for name in of_gradients:
+                    keep_graph = name != of_gradients[-1]
+                    aside[f"{name}{side}"] = _gradients(parameters, found[name] * factor, keep_graph=keep_graph)
+        leaves = {
+            name: value.detach().requires_grad_(not name.startswith(("ref_", "overlap")))
+            for name, value in measured.items()
+        }
+        parts = self._evaluate(pair, leaves, residuals)
+        parts.loss.backward()
+        weights = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        now = [name for name in weights if name not in aside]
+        torch.autograd.backward([measured[name] for name in now], [weights[name] for name in now])
+        for name in aside:
+            if name in weights:
+                _add(parameters, aside[name], weights[name][0] / factor)
+        return LossParts(parts.loss.detach(), parts.per_pair, parts.sums)
 
-        measure("", residual, residual)
-        if reference is not None and "reference" in needs:
-            measure("ref_", reference, reference)
-        if reference is not None and "shift" in needs:
-            moved = residual - reference
-            measure("shift_", moved, moved)
-        if "overlap" in needs:
-            winner, loser = residual.detach().split(len(part))
+    def _usual_weight(self, pair: Part, error: Tensor) -> Float[Tensor, ""]:
+        """∂loss/∂e_w where winner, loser, policy and reference are equally wrong; 1 if there is none.
+
+        The winner's gradient is computed times this, which is divided out later: with the plain pass's magnitude it
+        keeps the plain pass's precision in float16.
+        """
+        sides = [f"{name}{side}" for name in ("", "ref_") for side in ("winner", "loser")]
+        same = {name: error.detach().clone() for name in sides} | {
+            f"shift_{side}": torch.zeros_like(error) for side in ("winner", "loser")
+        }
+        same["winner"].requires_grad_()
+        residuals = [torch.ones_like(pair.noise)] * 2
+        (weight,) = torch.autograd.grad(self._evaluate(pair, same, residuals).loss, same["winner"], allow_unused=True)
+        if weight is None:
+            return torch.ones_like(error[0])
+        return torch.where((weight != 0) & weight.isfinite(), weight, 1.0)[0]
+
+    @property
+    def _sides(self) -> tuple[Side, ...]:
+        return ("winner", "loser") if "loser" in self.objective.needs else ("winner",)
+
+    def _reference(self, images: Images, pass_scope: PassScope) -> Float[Tensor, "b c h w"] | None:
+        """The reference's residuals, where anything of it is needed."""
+        if not self.objective.needs & {"reference", "shift"}:
+            return None
+        with torch.no_grad(), pass_scope(), self._adapters.reference():
+            return denoising.residuals(self._family, *images)
+
+    def _measure(
+        self, images: Images, residual: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"] | None
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """By the beginnings of the names in `PairErrors`."""
+
+        def mean(one: Tensor) -> Tensor:
+            return denoising.mean_product(self._family, one, one, images.t, self._error_space)
+
+        measured = {"": mean(residual)}
+        if reference is not None and "reference" in self.objective.needs:
+            measured["ref_"] = mean(reference)
+        if reference is not None and "shift" in self.objective.needs:
+            measured["shift_"] = mean(residual - reference)
+        return measured
+
+    def _evaluate(
+        self, part: Part, measured: Mapping[str, Float[Tensor, " pair"]], residuals: Sequence[Tensor]
+    ) -> LossParts:
+        """The objective of what was measured.
+
+        Args:
+            residuals: detached, of winners and losers.
+        """
+        found = dict(measured)
+        if "overlap" in self.objective.needs:
+            winner, loser = residuals
             found["overlap"] = denoising.mean_product(self._family, winner, loser, part.t, self._error_space)
         weight = torch.ones_like(found["winner"], requires_grad=False)
         if self._timestep_weights is not None:
             weight = self._timestep_weights.to(part.t.device)[part.t].to(weight)
-        return PairErrors(t=part.t, weight=weight, **found)
+        errors = PairErrors(t=part.t, weight=weight, **found)
+        per_pair = self.objective(errors)
+        sums = _sums(self.objective, errors, per_pair)
+        return LossParts(per_pair.sum() / part.batch_pairs, per_pair.detach(), sums)
 
-    def _residuals(self, part: Part, both: bool) -> Float[Tensor, "images c h w"]:
-        """Of the winners, then of the losers."""
-        if not both:
-            x_0, noise, t, conditioning = part.x_0_winner, part.noise, part.t, part.conditioning_winner
-        else:
-            x_0 = torch.cat([part.x_0_winner, part.x_0_loser])
-            noise, t = torch.cat([part.noise, part.noise]), torch.cat([part.t, part.t])
-            conditioning: Conditioning = {
-                name: torch.cat([value, part.conditioning_loser[name]])
-                for name, value in part.conditioning_winner.items()
-            }
-        return denoising.residuals(self._family, x_0, noise, t, conditioning)
+
+def _gradients(parameters: Sequence[Tensor], value: Tensor, *, keep_graph: bool) -> list[Tensor | None]:
+    """∂value/∂parameters, by `backward`, which every kind of checkpointing knows; their own gradients stay."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    value.sum().backward(retain_graph=keep_graph)
+    found = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    return found
+
+
+def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: Float[Tensor, ""]) -> None:
+    """Add weight·gradients to the parameters' gradients; `gradients` are used up."""
+    new = [gradient for gradient in gradients if gradient is not None]
+    torch._foreach_mul_(new, weight)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 @torch.no_grad()

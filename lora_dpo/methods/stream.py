@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,18 +34,31 @@ ADAPTER_DROPOUT = "adapter dropout"
 EMPTY_PROMPT = -1
 
 
+Side = Literal["winner", "loser"]
+
+
+class Images(NamedTuple):
+    """Images at their draws, as `denoising` takes them."""
+
+    x_0: Float[Tensor, "b c h w"]
+    noise: Float[Tensor, "b c h w"]
+    t: Int[Tensor, " b"]
+    conditioning: Conditioning
+
+
 @dataclass(frozen=True)
 class Part:
     """Some pairs of one optimizer step, drawn and on the family's device: all that a loss needs.
 
     Attributes:
-        keys: the pairs' content keys.
+        keys, visits: the pairs' content keys, and which of a pair's draws.
         batch_pairs: pairs in the whole optimizer step.
         noise, t: ε and timestep of a pair, shared by its two images.
-        dropout_seed: of the adapters' dropout, which is the one draw made inside a pass.
+        seed: the stream's, of the adapters' dropout, which is the one draw made inside a pass.
     """
 
     keys: list[str]
+    visits: list[int]
     batch_pairs: int
     x_0_winner: Float[Tensor, "pair c h w"]
     x_0_loser: Float[Tensor, "pair c h w"]
@@ -52,14 +66,54 @@ class Part:
     t: Int[Tensor, " pair"]
     conditioning_winner: Conditioning
     conditioning_loser: Conditioning
-    dropout_seed: int
+    seed: int
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def dropout(self, adapters: Adapters) -> AbstractContextManager[None]:
-        """Scope of a policy pass: adapter dropout is drawn from `dropout_seed`, the global state left as it was."""
-        return _seeded(self.dropout_seed, self.noise.device) if adapters.has_dropout else nullcontext()
+    def images(self, *sides: Side) -> Images:
+        """All of the first side, then all of the second."""
+        one = [
+            Images(self.x_0_winner, self.noise, self.t, self.conditioning_winner)
+            if side == "winner"
+            else Images(self.x_0_loser, self.noise, self.t, self.conditioning_loser)
+            for side in sides
+        ]
+        if len(one) == 1:
+            return one[0]
+        return Images(
+            torch.cat([images.x_0 for images in one]),
+            torch.cat([images.noise for images in one]),
+            torch.cat([images.t for images in one]),
+            {name: torch.cat([images.conditioning[name] for images in one]) for name in one[0].conditioning},
+        )
+
+    def pair(self, place: int) -> Part:
+        """One of its pairs alone, still a share of the whole step; its dropout is not what it has in the whole part."""
+        at = slice(place, place + 1)
+        return replace(
+            self,
+            keys=self.keys[at],
+            visits=self.visits[at],
+            x_0_winner=self.x_0_winner[at],
+            x_0_loser=self.x_0_loser[at],
+            noise=self.noise[at],
+            t=self.t[at],
+            conditioning_winner={name: value[at] for name, value in self.conditioning_winner.items()},
+            conditioning_loser={name: value[at] for name, value in self.conditioning_loser.items()},
+        )
+
+    def dropout(self, adapters: Adapters, *sides: Side) -> AbstractContextManager[None]:
+        """Scope of a policy pass: adapter dropout follows from the pairs' draws, the global state is left as it was.
+
+        Args:
+            sides: of a pass of one side alone, which has draws of its own.
+        """
+        if not adapters.has_dropout:
+            return nullcontext()
+        places = zip(self.keys, self.visits, strict=True)
+        indices = [*(index for place in places for index in place), *sides]
+        return _seeded(seed_of(self.seed, ADAPTER_DROPOUT, *indices), self.noise.device)
 
 
 @dataclass(frozen=True)
@@ -177,6 +231,7 @@ class PairStream:
         conditioning = {name: value.to(device) for name, value in self.pairs.conditioning(prompts).items()}
         return Part(
             keys=keys,
+            visits=list(visits),
             batch_pairs=batch_pairs,
             x_0_winner=self._latents([pair.winner for pair in pairs], self._normal(POSTERIOR_WINNER, places, like)),
             x_0_loser=self._latents([pair.loser for pair in pairs], self._normal(POSTERIOR_LOSER, places, like)),
@@ -188,7 +243,7 @@ class PairStream:
             conditioning_loser=self.family.with_geometry(
                 conditioning, torch.cat([pair.loser_geometry for pair in pairs]).to(device)
             ),
-            dropout_seed=seed_of(self.seed, ADAPTER_DROPOUT, *(index for place in places for index in place)),
+            seed=self.seed,
         )
 
     def _permutation(self, epoch: int) -> np.ndarray:

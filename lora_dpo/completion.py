@@ -87,6 +87,7 @@ def complete(
         "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
         "verification": asdict(verified),
         "implicit": implicit.to_json() if implicit is not None else None,
+        "held_out_by_step": run_dirs.held_out_by_step(run_dir),
     }
     if prompts:
         result |= _evaluate(recipe, run_dir, family, prompts, progress)

@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 from lora_dpo import atomic
 
+HELD_OUT = "heldout_"  # before the names of what is measured on held-out pairs
+
 
 class MetricsFile:
     """In append mode, cut on opening to the lines up to `step`.

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Progress(Protocol):
-    """One job after another: `start`, many `advance`, `stop`. `message` may come at any time; None: total unknown."""
+    """One job after another: `start`, many `advance`, `stop`. `message` may come at any time.
 
-    def start(self, total: int | None, what: str) -> None: ...
+    A total of None is unknown; `done` of it were done before, and say nothing about the time that is left. What has to
+    be done again is an `advance` by less than 0.
+    """
+
+    def start(self, total: int | None, what: str, done: int = 0) -> None: ...
 
     def advance(self, n: int = 1, **metrics: float) -> None: ...
 
@@ -38,7 +42,7 @@ def make_progress(stream: TextIO | None = None, quiet: bool = False) -> Progress
 class NoProgress:
     """Nothing: another process shows it."""
 
-    def start(self, total: int | None, what: str) -> None: ...
+    def start(self, total: int | None, what: str, done: int = 0) -> None: ...
 
     def advance(self, n: int = 1, **metrics: float) -> None: ...
 
@@ -63,16 +67,17 @@ class PlainProgress:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._quiet, self._interval, self._clock = quiet, interval_seconds, clock
-        self._what, self._done, self._start = "", 0, 0.0
+        self._what, self._done, self._made, self._start = "", 0, 0, 0.0
         self._total: int | None = 0
         self._last: float | None = None
 
-    def start(self, total: int | None, what: str) -> None:
-        self._what, self._total, self._done, self._last = what, total, 0, None
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
+        self._what, self._total, self._done, self._made, self._last = what, total, done, 0, None
         self._start = self._clock()
 
     def advance(self, n: int = 1, **metrics: float) -> None:
         self._done += n
+        self._made += max(n, 0)
         now = self._clock()
         unfinished = self._total is None or self._done < self._total
         if self._last is not None and now - self._last < self._interval and unfinished:
@@ -81,8 +86,8 @@ class PlainProgress:
         fields: dict[str, object] = {"what": self._what.replace(" ", "_"), "done": self._done}
         if self._total is not None:
             fields["total"] = self._total
-        if now > self._start:
-            rate = self._done / (now - self._start)
+        if now > self._start and self._made:
+            rate = self._made / (now - self._start)
             fields["per_second"] = f"{rate:.4g}"
             if self._total is not None:
                 fields["eta_seconds"] = f"{(self._total - self._done) / rate:.0f}"
@@ -100,7 +105,9 @@ class PlainProgress:
         print(line, file=self._stream, flush=True)
 
 
-_SHORT = {"implicit_accuracy": "accuracy", "peak_memory_gib": "GiB"}
+_SHORT = {"implicit_accuracy": "accuracy", "heldout_accuracy": "held-out", "peak_memory_gib": "GiB"}
+# rich estimates the time that is left from the steps within so many seconds; its 30 hold none of a slow machine's.
+_PERIOD_SECONDS = 900
 
 
 class RichProgress:
@@ -111,9 +118,9 @@ class RichProgress:
 
         self._console = Console(file=sys.stderr if stream is None else stream)
         self._bar: Bar | None = None
-        self._start, self._done = 0.0, 0
+        self._start, self._made = 0.0, 0
 
-    def start(self, total: int | None, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.stop()
@@ -125,17 +132,18 @@ class RichProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
             console=self._console,
+            speed_estimate_period=_PERIOD_SECONDS,
         )
-        self._bar.add_task(what, total=total, rate="", metrics="")
-        self._start, self._done = time.monotonic(), 0
+        self._bar.add_task(what, total=total, completed=done, rate="", metrics="")
+        self._start, self._made = time.monotonic(), 0
         self._bar.start()
 
     def advance(self, n: int = 1, **metrics: float) -> None:
         if self._bar is None:
             return
-        self._done += n
+        self._made += max(n, 0)
         seconds = time.monotonic() - self._start
-        rate = f"{self._done / seconds:.2f}/s" if seconds > 0 else ""
+        rate = _rate(self._made / seconds) if seconds > 0 and self._made else ""
         text = "  ".join(f"{_SHORT.get(name, name)} {value:.4g}" for name, value in metrics.items())
         self._bar.update(self._bar.task_ids[0], advance=n, rate=rate, metrics=text)
 
@@ -146,3 +154,7 @@ class RichProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.2f}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"

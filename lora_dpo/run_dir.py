@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_dpo import atomic
 from lora_dpo.errors import UserError
+from lora_dpo.metrics_file import HELD_OUT
 from lora_dpo.run_lock import LOCK, locked
 
 RECIPE, RESULT, METRICS = "recipe.toml", "result.json", "metrics.jsonl"
@@ -126,6 +127,18 @@ def train_seconds(run_dir: Path, up_to_step: int) -> float:
 def training_gib(run_dir: Path) -> float:
     """The most memory in use while training, over all calls that the run took."""
     return max((line["peak_memory_gib"] for line in _lines(run_dir)), default=0.0)
+
+
+def held_out_by_step(run_dir: Path) -> list[dict[str, float]]:
+    """What was measured on held-out pairs while training."""
+    found = []
+    for line in _lines(run_dir):
+        if f"{HELD_OUT}accuracy" in line:
+            found.append({name: line[key] for name, key in _ON_HELD_OUT.items()})
+    return found
+
+
+_ON_HELD_OUT = {"step": "step", "accuracy": f"{HELD_OUT}accuracy", "margin": f"{HELD_OUT}margin"}
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str 
         interval = _interval(implicit["accuracy_ci95"])
         pairs = implicit["pairs"]
         yield f"implicit accuracy on {pairs} held-out pairs: {implicit['accuracy']:.3f}{interval}"
+        if measured := result.get("held_out_by_step"):
+            yield f"while training, on a part of them: {_course(measured)}"
         yield ""
     adapter = run_dir / result["adapter"]
     yield f"adapter   {adapter}"
@@ -52,6 +54,16 @@ def _lines(result: Mapping[str, Any], run_dir: Path, already: bool, pushed: str 
     yield f"          image = pipe({result['example_prompt']!r}).images[0]"
     yield ""
     yield f"try next  lora-dpo app --run {run_dir}"
+
+
+def _course(measured: Sequence[Mapping[str, float]]) -> str:
+    """The first, the best and the last of what was measured."""
+    best = max(measured, key=lambda one: (one["accuracy"], one["margin"], -one["step"]))
+    named = {measured[0]["step"]: "", best["step"]: "best "} | {measured[-1]["step"]: "last "}
+    if best is measured[-1]:
+        named[best["step"]] = "best "
+    steps = {one["step"]: one["accuracy"] for one in measured}
+    return ", ".join(f"{named[step]}{steps[step]:.3f} at step {step}" for step in sorted(named))
 
 
 def _table(title: str, overall: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

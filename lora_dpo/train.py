@@ -22,7 +22,7 @@ from lora_dpo.distributed import Processes
 from lora_dpo.ema import Ema
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import Method, StepBatch
-from lora_dpo.metrics_file import MetricsFile
+from lora_dpo.metrics_file import HELD_OUT, MetricsFile
 from lora_dpo.progress import Progress
 from lora_dpo.stopping import ECHO_SECONDS, Interrupted, stop_requests
 from lora_dpo.watch import SPIKE_STEPS, Line, Watch
@@ -172,10 +172,11 @@ def train(
     parameters = list(adapters.parameters().values())
     not_finite = run_dir / (NOT_FINITE if processes.is_main else f"{processes.rank}-{NOT_FINITE}")
     line: dict[str, float] = {}
+    shown: dict[str, float] = {}
     with (
         MetricsFile(run_dir / METRICS if processes.is_main else Path(os.devnull), done) as metrics,
         stop_requests(echo_seconds=0.0 if processes.count == 1 else ECHO_SECONDS) as stop_requested,
-        _job(reporter, steps - done),
+        _job(reporter, done, steps),
     ):
         watch, best = look_back()
         coming = batches()
@@ -232,13 +233,16 @@ def train(
             method.see(line)
             metrics.write(line)
             track(line)
-            reporter.advance(1, **{name: line[name] for name in _SHOWN if name in line})
+            shown |= {name: line[name] for name in _SHOWN if name in line}
+            reporter.advance(1, **shown)
             if (drift := watch.drift()) is not None:
                 reporter.message(drift)
-            improved = (
-                f"{HELD_OUT}accuracy" in line and best_step(processes.from_main(metrics.lines), [best, done]) == done
-            )
-            best = done if improved else best
+            improved = False
+            if f"{HELD_OUT}accuracy" in line:
+                measurements = processes.from_main(metrics.lines)
+                improved = best_step(measurements, [best, done]) == done
+                best = done if improved else best
+                reporter.message(_on_held_out(line, measurements, best))
             stop = processes.largest(stop_requested())
             if improved or done == steps or done % save_every_steps == 0 or stop:
                 processes.on_main(save)
@@ -260,9 +264,6 @@ def train(
     return TrainResult(steps, resumed_from, seconds, memory, line, exported, len(rollbacks))
 
 
-HELD_OUT = "heldout_"
-
-
 def best_step(lines: list[dict[str, Any]], among: Sequence[int | None]) -> int | None:
     """The first of these steps with the highest held-out accuracy, and among equals the highest margin, if any has."""
     known = [line for line in lines if f"{HELD_OUT}accuracy" in line and line["step"] in among]
@@ -272,9 +273,9 @@ def best_step(lines: list[dict[str, Any]], among: Sequence[int | None]) -> int |
 
 
 @contextmanager
-def _job(reporter: Progress, steps: int) -> Iterator[None]:
-    if steps > 0:
-        reporter.start(steps, "train")
+def _job(reporter: Progress, done: int, steps: int) -> Iterator[None]:
+    if steps > done:
+        reporter.start(steps, "train", done)
     try:
         yield
     finally:
@@ -307,7 +308,16 @@ def _before_spike(
 
 
 MAX_ROLLBACKS = 2
-_SHOWN = ("loss", "margin", "implicit_accuracy", "learning_rate", "peak_memory_gib")
+_SHOWN = ("loss", "margin", "implicit_accuracy", f"{HELD_OUT}accuracy", "learning_rate", "peak_memory_gib")
+
+
+def _on_held_out(line: Line, lines: Sequence[Line], best: int | None) -> str:
+    """What was measured now, and where the best was: is it learning?"""
+    accuracy = f"{HELD_OUT}accuracy"
+    text = f"step {line['step']}: held-out accuracy {line[accuracy]:.3f}, margin {line[f'{HELD_OUT}margin']:+.4f}"
+    if best is None or best == line["step"]:
+        return text + (" (the best so far)" if sum(accuracy in one for one in lines) > 1 else "")
+    return text + "".join(f" (the best: {one[accuracy]:.3f} at step {best})" for one in lines if one["step"] == best)
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

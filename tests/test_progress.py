@@ -35,6 +35,49 @@ def test_plain_lines_come_at_intervals_and_at_the_end():
     }
 
 
+def test_after_a_resume_the_rate_is_this_process_s_and_the_rest_what_is_left():
+    stream, now = io.StringIO(), [0.0]
+    progress = PlainProgress(stream, interval_seconds=10.0, clock=lambda: now[0])
+    progress.start(100, "train", done=90)
+    for _ in range(10):
+        now[0] += 20.0
+        progress.advance(1)
+    rows = parsed(stream)
+    assert [row["done"] for row in rows] == [str(n) for n in range(91, 101)]
+    assert {row["per_second"] for row in rows} == {"0.05"}
+    assert [row["eta_seconds"] for row in rows] == [str(20 * left) for left in range(9, -1, -1)]
+
+
+def test_going_back_behind_the_start_is_no_failure():
+    """A run that was interrupted at step 9 and meets a spike at 13 goes on from 8."""
+    stream, now = io.StringIO(), [0.0]
+    progress = PlainProgress(stream, interval_seconds=10.0, clock=lambda: now[0])
+    progress.start(20, "train", done=9)
+    for n in (1, 1, 1, -4, 1):
+        now[0] += 20.0
+        progress.advance(n)
+    assert [(row["done"], row["per_second"]) for row in parsed(stream)] == [
+        ("10", "0.05"), ("11", "0.05"), ("12", "0.05"), ("8", "0.0375"), ("9", "0.04"),
+    ]  # fmt: skip
+    progress.start(20, "train", done=9)
+    now[0] += 20.0
+    progress.advance(-1)
+    assert "per_second" not in stream.getvalue().splitlines()[-1]
+
+
+def test_the_bar_goes_on_where_it_was():
+    stream = Terminal()
+    progress = make_progress(stream)
+    progress.start(10, "train", done=7)
+    progress.advance(1, heldout_accuracy=0.625)
+    progress.advance(-4)
+    progress.advance(1)
+    progress.stop()
+    shown = stream.getvalue()
+    assert "5/10" in shown
+    assert "/s" in shown or "s each" in shown
+
+
 def test_quiet_keeps_messages_only():
     stream = io.StringIO()
     progress = make_progress(stream, quiet=True)

@@ -51,7 +51,7 @@ class Jobs:
     def __init__(self) -> None:
         self.seen: list[object] = []
 
-    def start(self, total: int, what: str) -> None:
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
         self.seen.append(("start", total))
 
     def advance(self, n: int = 1, **metrics: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dpo import checkpoint
+from lora_dpo import checkpoint, run_dir
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import LossParts, Method
 from lora_dpo.train import METRICS, Interrupted
@@ -131,6 +131,7 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(finished, tmp_path)
         resumed = Run(directory, optimizer=finished.optimizer_name, dropout=0.1)
         result = resumed.train()
         assert result.resumed_from == step // 2 * 2
+        assert resumed.reporter.advanced == resumed.reporter.total == STEPS
         assert_same(resumed.adapters.state_dict(), finished.adapters.state_dict())
         assert_same(resumed.optimizer.state_dict(), finished.optimizer.state_dict())
         assert timeless(directory) == timeless(finished.directory)
@@ -483,6 +484,18 @@ def test_measuring_leaves_no_trace(tmp_path, optimizer):
     assert [line["heldout_margin"] for line in lines(tmp_path / "measured")] == probe.seen
     kept = [{k: v for k, v in line.items() if "heldout" not in k} for line in timeless(tmp_path / "measured")]
     assert kept == timeless(tmp_path / "plain")
+
+
+def test_what_was_measured_is_said_with_the_best(tmp_path):
+    run, accuracies = Run(tmp_path), iter([0.5, 0.75, 0.625])
+    measure = lambda: {"accuracy": next(accuracies), "margin": 0.25}  # noqa: E731
+    run.train(held_out=measure, held_out_every_steps=2)
+    assert [message for message in run.reporter.messages if "held-out" in message] == [
+        "step 2: held-out accuracy 0.500, margin +0.2500",
+        "step 4: held-out accuracy 0.750, margin +0.2500 (the best so far)",
+        "step 6: held-out accuracy 0.625, margin +0.2500 (the best: 0.750 at step 4)",
+    ]
+    assert [measured["accuracy"] for measured in run_dir.held_out_by_step(tmp_path)] == [0.5, 0.75, 0.625]
 
 
 def test_the_average_is_what_is_measured_and_left(tmp_path):

@@ -80,8 +80,8 @@ class Silent:
         self.messages: list[str] = []
         self.advanced = 0
 
-    def start(self, total: int, what: str) -> None:
-        self.total = total
+    def start(self, total: int | None, what: str, done: int = 0) -> None:
+        self.total, self.advanced = total, done
 
     def advance(self, n: int = 1, **metrics: float) -> None:
         self.advanced += n

@@ -132,16 +132,16 @@ def _evaluate(recipe: Recipe, run_dir: Path, family: Family, prompts: list[str],
 
 def write_card(recipe: Recipe, run_dir: Path, result: dict[str, Any], repo: str | None) -> None:
     """From the result alone, so that a finished run can be pushed later."""
-    data, method = result["data"], recipe.method.model_dump(mode="json")
+    data, beta = result["data"], parts.fixed_beta(recipe.method)
     settings = recipe.adapter.model_dump() | recipe.train.model_dump(exclude={"device", "save_every_steps"})
     card = report.model_card(
         result,
         base_model=recipe.base.model,
         data_source=recipe.data.path,
         data_report=SourceReport(data["rows"], data["kept"], Counter(data["dropped"])),
-        method=method,
+        method=recipe.method.model_dump(mode="json"),
         settings={name: value for name, value in settings.items() if name != "keep_checkpoints"},
-        sum_form_beta=sum_form_beta(method["beta"], result["latent_shape"]) if "beta" in method else None,
+        sum_form_beta=sum_form_beta(beta, result["latent_shape"]) if beta is not None else None,
         resolution=recipe.data.resolution,
         sampling={"steps": recipe.evaluate.steps, "guidance": recipe.evaluate.guidance},
         repo=repo,
@@ -166,7 +166,7 @@ def implicit_accuracy(
         family,
         adapters,
         pairs,
-        beta=recipe.method.beta if recipe.method.kind == "dpo" else 1.0,
+        beta=parts.fixed_beta(recipe.method) or 1.0,
         batch=recipe.train.micro_batch_pairs or recipe.train.batch_pairs,
         seed=recipe.evaluate.seed,
         limit=limit,

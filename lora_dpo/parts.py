@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_dpo import __version__, cache, tinyworld
+from lora_dpo import __version__, cache, recipe_methods, tinyworld
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
 from lora_dpo.data import PreferenceSource
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
-from lora_dpo.methods import Method, objectives
+from lora_dpo.methods import Method, losses, objectives
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_checks import SINGLE_FILE
-from lora_dpo.recipe_sections import Base, Dpo, Sft
+from lora_dpo.recipe_sections import Base
 from lora_dpo.scorers import Scorer
 from lora_dpo.trackers import Trackers
 
@@ -111,24 +112,63 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
 
 
 def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:
+    chosen = recipe.method
     stream = PairStream(
         pairs,
         family,
         seed=recipe.train.seed,
         batch_pairs=recipe.train.batch_pairs,
-        visits_per_pair=recipe.method.visits_per_pair or 0,
+        visits_per_pair=chosen.visits_per_pair or 0,
         caption_dropout=recipe.data.caption_dropout,
-        timestep_range=recipe.method.timestep_range,
+        timestep_range=chosen.timestep_range,
+        independent_images=isinstance(chosen, recipe_methods.Kto),
     )
-    return PairMethod(stream, family, adapters, objective(recipe), pair_pass=recipe.train.pair_pass)
+    weights = _timestep_weights(chosen, family) if isinstance(chosen, recipe_methods.OfMargin) else None
+    made = objective(chosen, family.schedule.num_timesteps)
+    return PairMethod(stream, family, adapters, made, timestep_weights=weights, pair_pass=recipe.train.pair_pass)
 
 
-def objective(recipe: Recipe) -> objectives.Objective:
-    match recipe.method:
-        case Dpo(beta=beta):
-            return objectives.Dpo(beta)
-        case Sft():
+def objective(chosen: recipe_methods.Method, timesteps: int = 1000) -> objectives.Objective:
+    """What is learned; `timesteps` is T of the base's schedule."""
+    match chosen:
+        case recipe_methods.Dpo():
+            return objectives.Dpo(**_values(chosen, objectives.Dpo))
+        case recipe_methods.Ipo():
+            return objectives.Ipo(**_values(chosen, objectives.Ipo))
+        case recipe_methods.Hinge():
+            return objectives.Hinge(**_values(chosen, objectives.Hinge))
+        case recipe_methods.Dmpo():
+            return objectives.Dmpo(**_values(chosen, objectives.Dmpo))
+        case recipe_methods.Kto():
+            return objectives.Kto(**_values(chosen, objectives.Kto))
+        case recipe_methods.Mapo():
+            return objectives.Mapo(**_values(chosen, objectives.Mapo), timesteps=timesteps)
+        case recipe_methods.Dspo():
+            return objectives.Dspo(**_values(chosen, objectives.Dspo))
+        case recipe_methods.Sft():
             return objectives.Sft()
+
+
+def _values(chosen: recipe_methods.Method, kind: Any) -> dict[str, Any]:
+    values = chosen.model_dump(include={field.name for field in fields(kind)})
+    if values.get("beta") == "auto":
+        values |= {"auto": True, "beta": losses.auto_beta(0.0)}
+    return values
+
+
+def _timestep_weights(chosen: recipe_methods.OfMargin, family: Family) -> torch.Tensor | None:
+    if chosen.timestep_weight == "constant":
+        return None
+    gamma = chosen.min_snr_gamma or losses.MIN_SNR_GAMMA
+    weights = losses.timestep_weights(family.schedule.alphas_cumprod, chosen.timestep_weight, gamma=gamma)
+    low, high = chosen.timestep_range or (0, len(weights))
+    return weights / weights[low:high].mean()
+
+
+def fixed_beta(chosen: recipe_methods.Method) -> float | None:
+    """β of the implicit reward, where the method has one and it doesn't change."""
+    beta = getattr(chosen, "beta", None)
+    return beta if isinstance(beta, float) else None
 
 
 def scorer(recipe: Recipe) -> Scorer | None:

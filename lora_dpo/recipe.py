@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from lora_dpo import recipe_toml
 from lora_dpo.recipe_checks import TINYWORLD, contradictions, may_be_hub_id
 from lora_dpo.recipe_errors import Problem, RecipeError, shown, translate
-from lora_dpo.recipe_sections import FREE_KEYS, KINDS, METHODS, SECTIONS, Dpo, Recipe
+from lora_dpo.recipe_methods import METHODS, REFUSED, Dpo
+from lora_dpo.recipe_sections import FREE_KEYS, KINDS, SECTIONS, Recipe
 from lora_dpo.recipe_toml import Document, Key
 
 
@@ -74,14 +75,16 @@ def dump(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`section.key` of everything that differs, `output` and `FREE_KEYS` left out."""
+    """`section.key` of everything that differs, `output` and `FREE_KEYS` left out; of another kind, what both have."""
     one, two = old.model_dump(), new.model_dump()
     found = []
     for section in one:
         if section == "output" or section in FREE_KEYS:
             continue
         here, there = one[section], two[section]
-        found += [f"{section}.{key}" for key in here | there if here.get(key) != there.get(key)]
+        other_kind = here.get("kind") != there.get("kind")
+        keys = [key for key in here | there if not other_kind or (key in here and key in there)]
+        found += [f"{section}.{key}" for key in keys if here.get(key) != there.get(key)]
     return [key for key in found if key not in FREE_KEYS]
 
 
@@ -128,12 +131,13 @@ def _translated(entry: Any, values: dict[str, Any]) -> tuple[Key, str]:
     loc = list(entry["loc"])
     if loc[0] == "method" and len(loc) > 1 and loc[1] in METHODS:
         del loc[1]  # pydantic's mark of the union's branch
-    if loc[0] == "adapter" and len(loc) > 2:
-        loc = loc[:2]
-        return tuple(loc), _TARGETS.format(shown(values["adapter"]["targets"]))
+    if len(loc) > 2 and (expected := _UNIONS.get((loc[0], loc[1]))):
+        return tuple(loc[:2]), f"got {shown(values[loc[0]][loc[1]])}, expected {expected}"
+    kind = values["method"].get("kind") if isinstance(values.get("method"), dict) else None
     if entry["type"] in ("union_tag_invalid", "union_tag_not_found"):
         loc.append("kind")
-    kind = values["method"].get("kind") if isinstance(values.get("method"), dict) else None
+        if isinstance(kind, str) and kind in REFUSED:
+            return tuple(loc), REFUSED[kind]
     method = METHODS.get(kind) if isinstance(kind, str) else None
     known = {(section,): list(model.model_fields) for section, model in SECTIONS.items()}
     known |= {(): [*Recipe.model_fields, "extends"], ("method",): list((method or Dpo).model_fields)}
@@ -150,7 +154,9 @@ def _translated(entry: Any, values: dict[str, Any]) -> tuple[Key, str]:
     return translate({**entry, "loc": loc}, known, about)
 
 
-_TARGETS = (
-    'got {}, expected "attention", "attention+ff" or "all-linear", each with "+conv" or without, or an array of module '
-    "name endings"
-)
+_UNIONS = {
+    ("adapter", "targets"): (
+        '"attention", "attention+ff" or "all-linear", each with "+conv" or without, or an array of module name endings'
+    ),
+    ("method", "beta"): 'a number above 0, or "auto"',
+}

@@ -73,6 +73,19 @@ def _timesteps(view: _View) -> Found:
         yield ("method", "timestep_range"), f"got [{low}, {high}], expected low < high"
 
 
+def _labels(view: _View) -> Found:
+    if view["method.label_smoothing"] and view["method.label_noise"]:
+        yield ("method", "label_noise"), "label_smoothing is set too: labels are smoothed or corrected, not both"
+
+
+def _min_snr(view: _View) -> Found:
+    if view["method.min_snr_gamma"] is not None and view["method.timestep_weight"] != "min_snr":
+        yield (
+            ("method", "min_snr_gamma"),
+            f'method.timestep_weight is {shown(view["method.timestep_weight"])}, not "min_snr"',
+        )
+
+
 def _splits(view: _View) -> Found:
     if view["data.split"] == view["data.heldout_split"]:
         yield (
@@ -164,7 +177,7 @@ def _held_out(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _timesteps, _splits, _columns, _scorer,
+    _micro_batch, _timesteps, _labels, _min_snr, _splits, _columns, _scorer,
     _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _spike,
     _ema, _held_out,
 )  # fmt: skip

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+from lora_dpo.recipe_fields import Count, Fraction, Positive, Section, Text
+from lora_dpo.recipe_methods import METHODS, Method
 
 
 class Data(Section):
@@ -66,28 +60,6 @@ class Adapter(Section):
     ) = Field(default="attention", description="a preset, or an array of module name endings and re:patterns")
     dropout: Fraction = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / √rank instead")
-
-
-class Draws(Section):
-    timestep_range: Annotated[tuple[Count, Positive], Field(strict=False)] | None = Field(
-        default=None, description="[low, high]: timesteps are uniform in low … high − 1; default: all"
-    )
-    visits_per_pair: Positive | None = Field(default=None, description="bounds the distinct (t, ε) draws of a pair")
-
-
-class Dpo(Draws):
-    """Diffusion-DPO (Wallace et al. 2023, eq. 14)."""
-
-    kind: Literal["dpo"]
-    beta: Annotated[float, Field(gt=0)] = Field(
-        default=2000.0, description="β·T of the paper; errors are means over c, h, w"
-    )
-
-
-class Sft(Draws):
-    """Supervised fine-tuning on the winners."""
-
-    kind: Literal["sft"]
 
 
 class Train(Section):
@@ -166,7 +138,7 @@ class Recipe(Section):
     data: Data
     base: Base
     adapter: Adapter = Adapter()
-    method: Annotated[Dpo | Sft, Field(discriminator="kind")]
+    method: Annotated[Method, Field(discriminator="kind")]
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     output: Output = Output()
@@ -175,7 +147,6 @@ class Recipe(Section):
 SECTIONS: dict[str, type[Section]] = {
     "data": Data, "base": Base, "adapter": Adapter, "train": Train, "evaluate": Evaluate, "output": Output
 }  # fmt: skip
-METHODS: dict[str, type[Section]] = {"dpo": Dpo, "sft": Sft}
 KINDS = {"method": {kind: frozenset(model.model_fields) for kind, model in METHODS.items()}}
 # Keys whose change leaves what is learned the same, up to rounding; a run may be resumed with others.
 FREE_KEYS = frozenset(

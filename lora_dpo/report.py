@@ -16,6 +16,12 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 METHODS = {
     "dpo": "[Diffusion-DPO](https://arxiv.org/abs/2311.12908)",
+    "ipo": "[IPO](https://arxiv.org/abs/2310.12036) on diffusion models",
+    "hinge": "Diffusion-DPO with the hinge loss of [SLiC](https://arxiv.org/abs/2305.10425)",
+    "dmpo": "[DMPO](https://arxiv.org/abs/2507.07510)",
+    "kto": "[Diffusion-KTO](https://arxiv.org/abs/2404.04465)",
+    "mapo": "[MaPO](https://arxiv.org/abs/2406.06424)",
+    "dspo": "DSPO (direct score preference optimization)",
     "sft": "supervised fine-tuning on the preferred images",
 }
 
@@ -190,7 +196,7 @@ def _method(
     rows: dict[str, Any] = {"method": method["kind"]}
     for key, value in method.items():
         if key == "beta":
-            rows["β (mean-reduced errors, factor ½)"] = f"{value:g}"
+            rows["β (mean-reduced errors, factor ½)"] = _value(value)
             if sum_form_beta is not None:
                 rows["β of summed errors, β / (2·c·h·w)"] = f"{sum_form_beta:.4g}"
         elif key != "kind" and value is not None:

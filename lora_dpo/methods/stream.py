@@ -25,8 +25,8 @@ from lora_dpo.families import Conditioning, Family, Moments
 from lora_dpo.randomness import numpy_generator, seed_of, torch_generator
 
 PAIR_ORDER = "pair order"
-TIMESTEP = "timestep"
-NOISE = "noise"
+TIMESTEP, TIMESTEP_LOSER = "timestep", "timestep of the loser"
+NOISE, NOISE_LOSER = "noise", "noise of the loser"
 POSTERIOR_WINNER = "VAE posterior of the winner"
 POSTERIOR_LOSER = "VAE posterior of the loser"
 CAPTION_DROPOUT = "caption dropout"
@@ -53,7 +53,8 @@ class Part:
     Attributes:
         keys, visits: the pairs' content keys, and which of a pair's draws.
         batch_pairs: pairs in the whole optimizer step.
-        noise, t: ε and timestep of a pair, shared by its two images.
+        noise, t: ε and timestep of the winner, and of the loser too unless images are independent.
+        noise_loser, t_loser: of the loser.
         seed: the stream's, of the adapters' dropout, which is the one draw made inside a pass.
     """
 
@@ -64,6 +65,8 @@ class Part:
     x_0_loser: Float[Tensor, "pair c h w"]
     noise: Float[Tensor, "pair c h w"]
     t: Int[Tensor, " pair"]
+    noise_loser: Float[Tensor, "pair c h w"]
+    t_loser: Int[Tensor, " pair"]
     conditioning_winner: Conditioning
     conditioning_loser: Conditioning
     seed: int
@@ -76,7 +79,7 @@ class Part:
         one = [
             Images(self.x_0_winner, self.noise, self.t, self.conditioning_winner)
             if side == "winner"
-            else Images(self.x_0_loser, self.noise, self.t, self.conditioning_loser)
+            else Images(self.x_0_loser, self.noise_loser, self.t_loser, self.conditioning_loser)
             for side in sides
         ]
         if len(one) == 1:
@@ -99,6 +102,8 @@ class Part:
             x_0_loser=self.x_0_loser[at],
             noise=self.noise[at],
             t=self.t[at],
+            noise_loser=self.noise_loser[at],
+            t_loser=self.t_loser[at],
             conditioning_winner={name: value[at] for name, value in self.conditioning_winner.items()},
             conditioning_loser={name: value[at] for name, value in self.conditioning_loser.items()},
         )
@@ -140,6 +145,7 @@ class StepBatch:
     def describe(self) -> list[dict[str, str | int]]:
         """Per pair, all that its draws follow from, for a person to look at."""
         stream, pairs = self.stream, self.stream.pairs
+        sides = {"timestep": False} | ({"timestep_loser": True} if stream.independent_images else {})
         return [
             {
                 "key": pairs.keys[index],
@@ -147,7 +153,7 @@ class StepBatch:
                 "prompt": pairs.prompts[pairs.prompt_index(index)],
                 "seed": stream.seed,
                 "visit": visit,
-                "timestep": stream.timestep(pairs.keys[index], visit),
+                **{name: stream.timestep(pairs.keys[index], visit, loser=loser) for name, loser in sides.items()},
             }
             for index, visit in zip(self.indices, self.visits, strict=True)
         ]
@@ -173,6 +179,7 @@ class PairStream:
         visits_per_pair: bounds a pair's distinct draws: visit n uses draw n modulo it. 0: no bound.
         caption_dropout: share of visits trained with the empty prompt.
         timestep_range: timesteps are uniform in low … high − 1; None: all of the schedule's.
+        independent_images: winner and loser have a timestep and noise each, as images that were never a pair have.
 
     Raises:
         UserError: no pairs, or a range outside the schedule.
@@ -188,6 +195,7 @@ class PairStream:
         visits_per_pair: int = 0,
         caption_dropout: float = 0.0,
         timestep_range: tuple[int, int] | None = None,
+        independent_images: bool = False,
     ) -> None:
         if len(pairs) == 0:
             raise UserError("there are no pairs to train on", where="data", hint="see which rows were dropped, and why")
@@ -199,6 +207,7 @@ class PairStream:
             )
         self.pairs, self.family, self.seed, self.batch_pairs = pairs, family, seed, batch_pairs
         self.visits_per_pair, self.caption_dropout, self.timestep_range = visits_per_pair, caption_dropout, (low, high)
+        self.independent_images = independent_images
         # A step of an ordinary run touches one or two epochs; a step of more pairs than there are touches each once.
         self._order = lru_cache(maxsize=2)(self._permutation)
 
@@ -229,14 +238,22 @@ class PairStream:
             for place, pair in zip(places, pairs, strict=True)
         ]
         conditioning = {name: value.to(device) for name, value in self.pairs.conditioning(prompts).items()}
+        noise = self._normal(NOISE, places, like)
+        t = torch.tensor([self.timestep(*place) for place in places], device=device)
+        noise_loser, t_loser = noise, t
+        if self.independent_images:
+            noise_loser = self._normal(NOISE_LOSER, places, like)
+            t_loser = torch.tensor([self.timestep(*place, loser=True) for place in places], device=device)
         return Part(
             keys=keys,
             visits=list(visits),
             batch_pairs=batch_pairs,
             x_0_winner=self._latents([pair.winner for pair in pairs], self._normal(POSTERIOR_WINNER, places, like)),
             x_0_loser=self._latents([pair.loser for pair in pairs], self._normal(POSTERIOR_LOSER, places, like)),
-            noise=self._normal(NOISE, places, like),
-            t=torch.tensor([self.timestep(*place) for place in places], device=device),
+            noise=noise,
+            t=t,
+            noise_loser=noise_loser,
+            t_loser=t_loser,
             conditioning_winner=self.family.with_geometry(
                 conditioning, torch.cat([pair.winner_geometry for pair in pairs]).to(device)
             ),
@@ -253,10 +270,11 @@ class PairStream:
         generator = torch_generator(self.seed, purpose, key, visit)
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
-    def timestep(self, key: str, visit: int) -> int:
+    def timestep(self, key: str, visit: int, *, loser: bool = False) -> int:
         """t of a pair's visit."""
         low, high = self.timestep_range
-        return int(torch.randint(low, high, (), generator=torch_generator(self.seed, TIMESTEP, key, visit)))
+        purpose = TIMESTEP_LOSER if loser and self.independent_images else TIMESTEP
+        return int(torch.randint(low, high, (), generator=torch_generator(self.seed, purpose, key, visit)))
 
     def _normal(self, purpose: str, places: Sequence[tuple[str, int]], like: Sequence[Tensor]) -> Tensor:
         draws = [

@@ -56,9 +56,9 @@ def kto(
     return weight * torch.sigmoid(-sign * (beta / 2) * (gain.float() - z))
 
 
-def reference_point(total_gain: Float[Tensor, ""] | float, images: int) -> float:
+def reference_point(mean_gain: float) -> float:
     """z = max(0, mean of g) over *all* images of an optimizer step: the batch's estimate of the KL divergence.
 
-    The mean is clamped, not its parts, so sums of parts (micro-batches, processes) have to be added up first.
+    The mean is clamped, not its parts: those of micro-batches and processes have to be added up first.
     """
-    return max(0.0, float(total_gain) / images)
+    return max(0.0, mean_gain)

@@ -67,11 +67,6 @@ def timestep_weights(
     return weights.float()
 
 
-def of_mean_one(weights: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """The weights divided by their mean, so that β is as strong on average as it is without them."""
-    return weights / weights.mean()
-
-
 def sum_form_beta(beta: float, latent_shape: Sequence[int]) -> float:
     """β/(2·c·h·w): the factor of the *summed* squared errors, comparable across latent sizes and with the paper.
 
@@ -104,6 +99,10 @@ def auto_beta(
     return high if mean_gap * high <= wanted else max(low, wanted / mean_gap)
 
 
-def smoothed_gap(before: float | None, mean_gap: float, *, decay: float = AUTO_BETA_DECAY) -> float:
-    """The exponential mean of a step's mean |m|, which starts at the first one."""
-    return mean_gap if before is None else decay * before + (1 - decay) * mean_gap
+def smoothed_gap(before: float, mean_gap: float, *, decay: float = AUTO_BETA_DECAY) -> float:
+    """The exponential mean of the steps' mean |m|, 0 before the first one.
+
+    It starts at the first one that isn't 0: a fresh LoRA is the reference, and counting its first step would hold the
+    mean down, and β up, for the hundred steps that the mean remembers.
+    """
+    return mean_gap if before == 0 else decay * before + (1 - decay) * mean_gap

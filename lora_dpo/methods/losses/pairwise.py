@@ -10,7 +10,7 @@ import math
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from lora_dpo.methods.losses.margins import margin
 
@@ -35,7 +35,7 @@ def cross_entropy(u: Float[Tensor, " pair"], label: Label = 1.0) -> Float[Tensor
     With `smoothed` labels this is conservative DPO (cDPO, Mitchell 2023), least at the finite margin logit(label); with
     `debiased` ones it is robust DPO (Chowdhury et al. 2024), whose labels are above 1.
     """
-    return softplus(-u) + (1 - label) * u
+    return -logsigmoid(u) + (1 - label) * u  # −log σ(−u) = −log σ(u) + u
 
 
 def smoothed(label: Label, rate: float) -> Label:

@@ -70,7 +70,7 @@ def dspo(
 def safeguard(
     error_winner: Float[Tensor, " pair"], cross: Float[Tensor, " pair"], mu: float = 0.9
 ) -> Float[Tensor, " pair"]:
-    """λ of Diffusion-SDPO (2025): how much of the loser's gradient leaves the winner's error falling, 0 … 1.
+    """λ of Diffusion-SDPO (Fu et al. 2025): how much of the loser's gradient leaves the winner's error falling, 0 … 1.
 
     λ = min(1, (1 − μ)·‖r_w‖²/⟨r_l, r_w⟩) where the residuals point the same way, else 1: to first order, a step along
     the predictions' gradients then lowers the winner's error by at least μ of what it would without the loser. Per pair

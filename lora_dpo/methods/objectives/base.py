@@ -1,4 +1,4 @@
-"""Objectives: what a pair costs, given what was measured on it. Frozen values without a model, device or recipe.
+"""An objective: what a pair costs, given what was measured on it. A frozen value without a model, device or recipe.
 
 An objective reads per-pair scalars only, so one engine (`pairs.PairMethod`) trains them all, in one pass over both
 images or one image at a time, and reference errors can be stored. The formulas themselves are in `losses`.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_dpo.errors import LoraDpoError
-from lora_dpo.methods import losses
 
 Need = Literal["loser", "reference", "shift", "overlap"]
 
@@ -68,14 +66,15 @@ class PairErrors:
 
 
 class Objective(ABC):
-    """A frozen dataclass of its parameters.
+    """A frozen dataclass of its parameters."""
 
-    Attributes:
-        needs: what is measured beside the winner's error. "shift" and "overlap" keep predictions, not errors alone:
-            with "shift" the reference's can't come from a cache.
-    """
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """What is measured beside the winner's error.
 
-    needs: ClassVar[frozenset[Need]]
+        "shift" and "overlap" keep predictions, not errors alone: with "shift" the reference's can't come from a cache.
+        """
 
     @abstractmethod
     def __call__(self, errors: PairErrors) -> Float[Tensor, " pair"]:
@@ -96,34 +95,3 @@ class Objective(ABC):
         what `metrics.jsonl` has, `logged` included.
         """
         return self
-
-
-@final
-@dataclass(frozen=True)
-class Dpo(Objective):
-    """Diffusion-DPO (Wallace et al. 2023, eq. 14): −log σ(w(t)·u).
-
-    Args:
-        beta: the published code's β (see `losses`).
-    """
-
-    needs = frozenset({"loser", "reference"})
-
-    beta: float
-
-    def __call__(self, errors: PairErrors) -> Float[Tensor, " pair"]:
-        return losses.dpo(*errors.four, self.beta, errors.weight)
-
-    def margin(self, errors: PairErrors) -> Float[Tensor, " pair"]:
-        return losses.margin(*errors.four, self.beta, errors.weight)
-
-
-@final
-@dataclass(frozen=True)
-class Sft(Objective):
-    """Supervised fine-tuning on the winners, the baseline of section 5.5: their denoising error."""
-
-    needs = frozenset()
-
-    def __call__(self, errors: PairErrors) -> Float[Tensor, " pair"]:
-        return losses.sft(errors.winner)

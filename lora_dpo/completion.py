@@ -84,7 +84,10 @@ def complete(
             "captions": len(pairs.prompts),
             "captions_cut": cut,
         },
-        "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
+        "buckets": [
+            {"width": width, "height": height, "pairs": count} for (height, width), count in pairs.sizes().most_common()
+        ],
+        "latent_shape": [family.latent_channels, *[recipe.data.resolution // family.latent_scale] * 2],
         "verification": asdict(verified),
         "implicit": implicit.to_json() if implicit is not None else None,
         "held_out_by_step": run_dirs.held_out_by_step(run_dir),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_dpo import parts, report
+from lora_dpo.buckets import written
 from lora_dpo.cache import CachedPairs, fill, index_path
 from lora_dpo.data import PreferenceSource
 from lora_dpo.errors import UserError
@@ -25,7 +26,7 @@ def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -
 def indexes(recipe: Recipe, family: Family, directory: Path) -> dict[str, Path]:
     """The cache's files that stand for the pairs to train on and for those held out, present or not."""
     wanted = [TRAIN, HELD_OUT] if recipe.evaluate.implicit_pairs else [TRAIN]
-    return {name: index_path(_source(recipe, name), family, directory, recipe.data.resolution) for name in wanted}
+    return {name: index_path(_source(recipe, name), family, directory, parts.framing(recipe)) for name in wanted}
 
 
 def _source(recipe: Recipe, name: str) -> PreferenceSource:
@@ -39,7 +40,7 @@ def _filled(recipe: Recipe, name: str, family: Family, directory: Path, progress
         _source(recipe, name),
         family,
         directory,
-        recipe.data.resolution,
+        parts.framing(recipe),
         count(progress),
         tell=progress.message,
         about=f"{recipe.data.path}, {name}",
@@ -47,8 +48,15 @@ def _filled(recipe: Recipe, name: str, family: Family, directory: Path, progress
 
 
 def tell(pairs: CachedPairs, family: Family, progress: Progress) -> int:
-    """Says how many there are, what was dropped, and how many captions the text encoders cut, which it returns."""
+    """Says how many there are, what was dropped, their buckets, and how many captions the text encoders cut.
+
+    Returns:
+        the last.
+    """
     progress.message(pairs.report.summary())
+    sizes = pairs.sizes()
+    if len(sizes) > 1:
+        progress.message("buckets: " + ", ".join(f"{written(size)} {count:,}" for size, count in sizes.most_common()))
     cut = len(family.cut_prompts(pairs.prompts))
     if cut:
         progress.message(report.cut_captions(cut, len(pairs.prompts)))

@@ -14,6 +14,7 @@ from lora_dpo import __version__, cache, recipe_methods, tinyworld
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
 from lora_dpo.data import PreferenceSource
+from lora_dpo.data.framing import Framing
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
 from lora_dpo.methods import Method, losses, objectives
@@ -109,6 +110,18 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
                 seed=recipe.train.seed,
                 limit=limit or data.limit,
             )
+
+
+def framing(recipe: Recipe) -> Framing:
+    data = recipe.data
+    return Framing(
+        data.resolution,
+        aspect=data.aspect,
+        bucket_step=data.bucket_step_pixels,
+        max_aspect=data.max_aspect,
+        crop=data.crop,
+        small_images=data.small_images,
+    )
 
 
 def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:

@@ -25,7 +25,18 @@ class Data(Section):
     heldout_fraction: Fraction = Field(
         default=0.05, description="share of prompts held out, where the source has no split"
     )
-    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = Field(description="pixels, height and width")
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = Field(description="pixels; the side of the square")
+    aspect: Literal["square", "buckets"] = Field(
+        default="square", description="buckets: a pair gets the size that is nearest to its pictures' shape"
+    )
+    bucket_step_pixels: Annotated[int, Field(gt=0, multiple_of=8)] = Field(
+        default=64, description="buckets: sides are multiples of it"
+    )
+    max_aspect: Annotated[float, Field(ge=1)] = Field(default=2.0, description="buckets: long side over short side")
+    crop: Literal["center", "top"] = Field(default="center", description="the part of a picture that is kept")
+    small_images: Literal["enlarge", "drop"] = Field(
+        default="enlarge", description="pictures smaller than their size: enlarge them, or drop the pair"
+    )
     caption_dropout: Fraction = Field(default=0.0, description="share of draws trained with the empty prompt")
     limit: Positive | None = Field(default=None, description="use at most so many pairs")
 

@@ -203,7 +203,8 @@ def _method(
             rows[key.replace("_", " ")] = value
     rows |= {key.replace("_", " "): value for key, value in settings.items() if value is not None}
     if resolution is not None:
-        rows["resolution"] = f"{resolution} px"
+        count = len(result.get("buckets", ()))
+        rows["resolution"] = f"{resolution} px" + (f", {count} aspect-ratio buckets" if count > 1 else "")
     rows["time"] = f"{result['train_seconds']:,.0f} s of training on {result['device']}"
     phases = ", ".join(f"{phase} {gib:.2f}" for phase, gib in result.get("peak_memory_gib_of", {}).items())
     rows["peak memory"] = f"{result['peak_memory_gib']:.2f} GiB" + (f" ({phases})" if phases else "")

@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "watch",
     },
     {
+        "buckets",
         "cache_table",
         "doctor_table",
         "methods.losses",
@@ -42,7 +43,7 @@ LAYERS: list[set[str]] = [
     {"recipe", "tinyworld"},
     {"data", "families", "scorers", "adapters"},
     {"cache_store"},
-    {"cache_index", "cache_use"},
+    {"cache_index", "cache_pictures", "cache_use"},
     {"cache_fill"},
     {"cache", "cache_files", "denoising", "sampling"},
     {"methods", "evaluation", "tinyworld.preferences", "tinyworld.pretrain", "tinyworld.scoring"},
@@ -64,6 +65,7 @@ RECIPE = {
 LIGHT = {
     "",
     "__main__",
+    "buckets",
     "cache_table",
     "cli",
     "doctor_table",

@@ -98,6 +98,12 @@ steps = 1
         ("method.kind=['a']", "method.kind", "expected one of"),
         ("method=3", "method", "expected a table"),
         ("data.heldout_split=train", "data.heldout_split", "nothing is held out"),
+        ("data.bucket_step_pixels=32", "data.bucket_step_pixels", "no effect on squares"),
+        ("data.max_aspect=1.5", "data.max_aspect", "no effect on squares"),
+        ("data.max_aspect=0.5", "data.max_aspect", "expected at least 1"),
+        ("data.bucket_step_pixels=12", "data.bucket_step_pixels", "a multiple of 8"),
+        ("data.aspect=buckets", "data.aspect", "no bucket but the square of 64"),
+        ("data.crop=bottom", "data.crop", 'expected one of "center" or "top"'),
         ("train.precision=fp16", "train.precision", 'expected one of "float32" or "bfloat16"'),
         ("base.family=stable_diffusion", "base.family", 'of family "sdxl"'),
         ("base.vae=./here", "base.vae", "neither a folder nor a hub id"),
@@ -116,6 +122,18 @@ def test_one_wrong_override(write, argument: str, key: str, part: str) -> None:
     found = problems_of(write(GOOD + '[evaluate]\nscorer = "tinyworld"\n'), argument)
     assert list(found) == [key]
     assert part in found[key][0]
+
+
+def test_buckets_have_to_fit(write) -> None:
+    path = write(GOOD)
+    loaded = recipe.load(str(path), ["data.aspect=buckets", "data.bucket_step_pixels=16"])
+    assert (loaded.data.bucket_step_pixels, loaded.data.max_aspect) == (16, 2.0)
+    found = problems_of(path, "data.aspect=buckets", "data.bucket_step_pixels=24")
+    assert found == {"data.bucket_step_pixels": ("got 24, expected a divisor of data.resolution = 64", None)}
+    found = problems_of(path, "data.aspect=buckets", "data.bucket_step_pixels=8", "data.max_aspect=1.01")
+    assert "in steps of 8 up to 1.01:1 there is no bucket but the square" in found["data.aspect"][0]
+    # What is wrong by itself is reported once.
+    assert list(problems_of(path, "data.aspect=buckets", "data.bucket_step_pixels=0")) == ["data.bucket_step_pixels"]
 
 
 def test_missing_keys_are_named(write) -> None:

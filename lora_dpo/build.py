@@ -139,6 +139,8 @@ def _execute(
 ) -> dict[str, Any]:
     began = time.monotonic()
     peak_memory.restart(device)
+    begun = parts.start(recipe)
+    start = begun.origin() if begun is not None else None
     family = parts.family(recipe, device)
     directory = parts.cache_dir(recipe)
     # They divide the work where they share the directory.
@@ -149,20 +151,26 @@ def _execute(
 
     if recipe.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    adapters = Adapters.attach(
-        family.denoiser,
-        rank=recipe.adapter.rank,
-        alpha=recipe.adapter.alpha,
-        targets=recipe.adapter.targets,
-        dropout=recipe.adapter.dropout,
-        rslora=recipe.adapter.rslora,
-        seed=recipe.train.seed,
-    )
+    adapters = parts.adapters(recipe, family, begun, progress.message)
+    del begun  # twice as large as the adapter
     encoding = peak_memory.gib(device)
-    trained = _train(recipe, run_dir, family, adapters, pairs, kept_out, device, progress, processes, track)
+    trained = _train(recipe, run_dir, family, adapters, start, pairs, kept_out, device, progress, processes, track)
     return processes.from_main(
         lambda: completion.complete(
-            recipe, run_dir, family, adapters, pairs, cut, kept_out, prompts, trained, device, progress, began, encoding
+            recipe,
+            run_dir,
+            family,
+            adapters,
+            start,
+            pairs,
+            cut,
+            kept_out,
+            prompts,
+            trained,
+            device,
+            progress,
+            began,
+            encoding,
         )
     )
 
@@ -172,6 +180,7 @@ def _train(
     run_dir: Path,
     family: Family,
     adapters: Adapters,
+    start: dict[str, str] | None,
     pairs: cache.CachedPairs,
     kept_out: cache.CachedPairs | None,
     device: torch.device,
@@ -209,7 +218,7 @@ def _train(
         learning_rate=learning_rate,
         steps=chosen.steps,
         run_dir=run_dir,
-        identity=parts.identity(recipe, pairs, family),
+        identity=parts.identity(recipe, pairs, family, start),
         reporter=progress,
         device=device,
         micro_batch_pairs=chosen.micro_batch_pairs,

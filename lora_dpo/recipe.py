@@ -115,7 +115,10 @@ def _with_absolute_inputs(document: Document) -> dict[str, Any]:
     return values
 
 
-_INPUTS = (("data", "path"), ("base", "model"), ("base", "vae"), ("base", "config"), ("evaluate", "prompts_file"))
+_INPUTS = (
+    ("data", "path"), ("base", "model"), ("base", "vae"), ("base", "config"), ("adapter", "start"),
+    ("evaluate", "prompts_file"),
+)  # fmt: skip
 
 
 def _default(section: str, name: str, kind: object) -> Any:

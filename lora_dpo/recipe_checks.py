@@ -155,6 +155,17 @@ def _model_exists(view: _View) -> Found:
             yield ("base", name), f"{value} is neither a folder nor a hub id (owner/name)"
 
 
+def _start_exists(view: _View) -> Found:
+    path = view["adapter.start"]
+    if path is not None and not Path(path).exists():
+        yield ("adapter", "start"), f"{path} doesn't exist"
+
+
+def _reference(view: _View) -> Found:
+    if view["method.reference"] == "adapter" and view["adapter.start"] is None:
+        yield ("method", "reference"), 'got "adapter", but adapter.start names none'
+
+
 def _config_of_a_single_file(view: _View) -> Found:
     if view["base.config"] is not None and not view["base.model"].endswith(SINGLE_FILE):
         yield ("base", "config"), f"only a single-file checkpoint ({SINGLE_FILE}) takes one: a folder has its own"
@@ -202,6 +213,6 @@ def _held_out(view: _View) -> Found:
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _labels, _min_snr, _splits, _columns, _scorer, _buckets,
-    _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _spike,
-    _ema, _held_out,
+    _data_exists, _prompts_exist, _model_exists, _start_exists, _reference, _config_of_a_single_file,
+    _tinyworld_family, _optimizer, _spike, _ema, _held_out,
 )  # fmt: skip

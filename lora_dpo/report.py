@@ -70,6 +70,7 @@ def model_card(
         "## Training data",
         _data(data_source, data_report, result.get("data", {})),
         "## Method",
+        *_start(result),
         _method(result, method, settings, sum_form_beta, resolution),
         *([f"![Training curves]({curves})"] if curves else []),
         "## Limitations and licence",
@@ -184,6 +185,17 @@ def _data(source: str, report: SourceReport, counted: Mapping[str, Any]) -> str:
     text = f"{text}; left out: {', '.join(dropped)}." if dropped else f"{text}."
     cut = counted.get("captions_cut")
     return f"{text} {cut_captions(cut, counted['captions'])}" if cut else text
+
+
+def _start(result: Mapping[str, Any]) -> Iterator[str]:
+    if start := result.get("start"):
+        near = (
+            "and stays near it: it is the reference of the objective and of the held-out pairs' margin, while win "
+            "rates compare with the base model"
+            if result.get("reference") == "adapter"
+            else "while its reference is the base model"
+        )
+        yield f"Training starts from an adapter (`{_name(start['path'])}`, SHA-256 `{start['sha256']}`) {near}."
 
 
 def _method(

@@ -147,7 +147,7 @@ def _execute(
     pairs = processes.together(partial(inputs.pairs, recipe, family, directory, progress), patient=True)
     cut = inputs.tell(pairs, family, progress)
     kept_out = processes.on_main(lambda: inputs.held_out_pairs(recipe, family, directory, progress))
-    prompts = processes.on_main(lambda: inputs.prompts(recipe)) or []
+    prompts = processes.on_main(lambda: inputs.prompts(recipe, kept_out)) or []
 
     if recipe.train.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]

@@ -73,13 +73,13 @@ class CachedPairs:
         index: Index,
         directory: Path,
         refill: Callable[[Damaged], CachedPairs],
-        encoded: Counter[str],
-        held: cache_use.Hold | None,
+        encoded: Counter[str] | None = None,
+        held: cache_use.Hold | None = None,
     ) -> None:
         self.report, self.keys, self.prompts, self.origins = index.report, index.keys, index.prompts, index.origins
         self.fingerprint = index.fingerprint
         self._index, self._refill = index, refill
-        self.encoded, self._held = encoded, held
+        self.encoded, self._held = encoded or Counter(), held
         self._reader = Reader([directory / name for name in index.shards])
 
     def __len__(self) -> int:

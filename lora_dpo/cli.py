@@ -268,7 +268,7 @@ def doctor(
     """Tell what this machine has and what of it works; exit code 1 if something is broken that a run needs."""
     from lora_dpo import doctor as doctors
     from lora_dpo import doctor_table
-    from lora_dpo.recipe import default_cache_dir
+    from lora_dpo.file_digests import default_cache_dir
 
     with _reserved_stdout(as_json), doctor_table.waiting(sys.stderr) as step:
         findings = doctors.examine(run_dir, default_cache_dir(), step=step)

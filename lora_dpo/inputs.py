@@ -74,11 +74,17 @@ def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Pr
         raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
 
 
-def prompts(recipe: Recipe) -> list[str]:
-    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
+def prompts(recipe: Recipe, kept_out: CachedPairs | None) -> list[str]:
+    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs.
+
+    Args:
+        kept_out: the first held-out pairs; the source is read again only if they have too few prompts.
+    """
     wanted = recipe.evaluate.prompts
     if recipe.evaluate.prompts_file is not None:
         found = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
+    elif kept_out is not None and len(kept_out.prompts) >= wanted:
+        found = iter(kept_out.prompts)
     else:
         found = (pair.prompt for pair in parts.source(recipe, recipe.data.heldout_split))
     return samples.first_distinct(found, wanted)

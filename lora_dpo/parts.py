@@ -17,6 +17,7 @@ from lora_dpo.data import PreferenceSource
 from lora_dpo.data.framing import Framing
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
+from lora_dpo.file_digests import default_cache_dir
 from lora_dpo.methods import Method, losses, objectives
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
@@ -251,7 +252,7 @@ def scorer(recipe: Recipe) -> Scorer | None:
 def cache_dir(recipe: Recipe) -> Path:
     if recipe.output.cache_dir is not None:
         return Path(recipe.output.cache_dir)
-    return recipes.default_cache_dir()
+    return default_cache_dir()
 
 
 def trackers(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) -> Trackers:

@@ -6,7 +6,6 @@ these models; everything below takes plain arguments.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,6 @@ def validate(document: Document) -> Recipe:
         keys = sorted(problems, key=lambda k: order.get(k, len(order)))
         raise RecipeError(document.name, [Problem(k, problems[k], document.place(k)) for k in keys])
     return recipe
-
-
-def default_cache_dir() -> Path:
-    """Where encoded pairs go unless `output.cache_dir` says otherwise."""
-    if chosen := os.environ.get("LORA_DPO_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-dpo"
 
 
 def dump(recipe: Recipe) -> str:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
 import signal
+import tempfile
 
 # Before anything imports a hub client.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "LORA_DPO_CACHE" not in os.environ:
+    # Nothing of the user's is read or written.
+    os.environ["LORA_DPO_CACHE"] = tempfile.mkdtemp(prefix="lora-dpo-tests-")
+    atexit.register(shutil.rmtree, os.environ["LORA_DPO_CACHE"], ignore_errors=True)
 
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook

@@ -15,6 +15,7 @@ from typing import Literal
 from lora_dpo.data import Preference, PreferenceSource, SourceReport, split_by_prompt
 from lora_dpo.data.images import decode
 from lora_dpo.errors import UserError
+from lora_dpo.file_digests import file_digests
 
 # Pillow decodes without Python's lock. Rows in flight are held with both their pictures decoded, 3 MB each at 1024².
 DECODERS = min(8, os.cpu_count() or 1)
@@ -152,8 +153,7 @@ class ScreenedSource(PreferenceSource):
 def content_digest(files: Mapping[str, Path], *settings: object) -> str:
     """A digest of names, every byte of the files, and what is selected from them."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8", "surrogatepass"), digest_size=16)
-    for name, path in files.items():
+    for name, content in zip(files, file_digests(list(files.values())), strict=True):
         digest.update(f"\x1e{name}\x1f".encode("utf-8", "surrogatepass"))
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+        digest.update(content)
     return digest.hexdigest()

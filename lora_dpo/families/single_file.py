@@ -10,7 +10,6 @@ import hashlib
 import json
 import struct
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -37,7 +36,6 @@ from lora_dpo.families.files import (
     vae_folder,
 )
 from lora_dpo.families.originals import ORIGINALS, OTHERS, UNET, Original
-from lora_dpo.file_digests import remembered
 
 SUFFIX = ".safetensors"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -155,7 +153,7 @@ class SingleFile(ModelFiles):
             else:
                 settings = json.dumps(self.config(component), sort_keys=True)
                 digest.update(f"\x1e{component}\x1f{settings}".encode())
-                digest.update(remembered(self.path, component, partial(self._tensors_digest, component)))
+                self._add_tensors(digest, component)
         return digest.hexdigest()
 
     def _prediction(self) -> str | None:
@@ -181,8 +179,7 @@ class SingleFile(ModelFiles):
         with explained(self.path), safe_open(self.path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in names}
 
-    def _tensors_digest(self, component: str) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
+    def _add_tensors(self, digest: hashlib.blake2b, component: str) -> None:
         with self.path.open("rb") as opened:
             for name in self._names(component):
                 entry = self._header[name]
@@ -195,7 +192,6 @@ class SingleFile(ModelFiles):
                         raise UserError("this file is cut short", self.path, "download it again")
                     digest.update(part)
                     begin += len(part)
-        return digest.digest()
 
     def _diffusers_model(self, kind: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
         weights = self._read(component)

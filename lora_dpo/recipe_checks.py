@@ -124,7 +124,7 @@ def _model_exists(view: _View) -> Found:
         value = view[f"base.{name}"]
         if value is None or (name == "model" and value == TINYWORLD) or may_be_hub_id(value):
             continue
-        if name == "model" and value.endswith(SINGLE_FILE) and not Path(value).is_dir():
+        if name != "config" and value.endswith(SINGLE_FILE) and not Path(value).is_dir():
             if not Path(value).is_file():
                 yield ("base", name), f"{value} doesn't exist"
         elif not Path(value).is_dir():

@@ -36,7 +36,7 @@ class Base(Section):
     family: Literal["sdxl", "stable_diffusion"]
     model: Text = Field(description='"tinyworld", a diffusers folder, a hub id, or a .safetensors checkpoint')
     revision: Text | None = Field(default=None, description="hub revision: a branch, tag or commit")
-    vae: Text | None = Field(default=None, description="another VAE: folder or hub id")
+    vae: Text | None = Field(default=None, description="another VAE: folder, hub id, or .safetensors file")
     config: Text | None = Field(
         default=None, description="for a single file: a diffusers folder or hub id with its settings and tokenizers"
     )

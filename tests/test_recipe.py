@@ -288,3 +288,12 @@ def test_a_single_file_model_is_a_file_and_never_a_hub_id(write, tmp_path: Path)
     (tmp_path / "here.safetensors").touch()
     loaded = recipe.load(str(write(GOOD)), [f"base.model={tmp_path / 'here.safetensors'}", "base.config=owner/name"])
     assert loaded.base.config == "owner/name"
+
+
+def test_a_vae_may_be_a_file(write, tmp_path: Path) -> None:
+    assert "vae.safetensors doesn't exist" in problems_of(write(GOOD), "base.vae=vae.safetensors")["base.vae"][0]
+    (tmp_path / "vae.safetensors").touch()
+    beside = write(GOOD.replace('model = "tinyworld"', 'model = "tinyworld"\nvae = "vae.safetensors"'))
+    assert recipe.load(str(beside)).base.vae == str(tmp_path / "vae.safetensors")
+    (tmp_path / "vae.pt").touch()
+    assert "neither a folder nor a hub id" in problems_of(write(GOOD), f"base.vae={tmp_path}/vae.pt")["base.vae"][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_dpo.errors import UserError
-from lora_dpo.families import clip, uncropped
+from lora_dpo.families import Moments, clip, uncropped
 from lora_dpo.families.sdxl import SDXL
 from lora_dpo.families.single_file import SingleFile
 from lora_dpo.families.stable_diffusion import StableDiffusion
 from tests.support.models import save_random_sd, save_random_sdxl
-from tests.support.single_file import save_single_file
+from tests.support.single_file import save_single_file, vae_names
 
 PROMPTS = ["a red circle!", "", "far too many words to fit into sixteen tokens"]
 KINDS = {"sd15": StableDiffusion, "sd21_base": StableDiffusion, "sd21_v": StableDiffusion, "sdxl": SDXL}
@@ -99,6 +100,73 @@ def test_another_vae_takes_the_files_place(bases, tmp_path):
     family = SDXL(file, config=folder, vae=other)
     assert torch.equal(family.encode_images(pixels).mean, SDXL(other).encode_images(pixels).mean)
     assert family.fingerprint()["vae"] == SDXL(other).fingerprint()["vae"]
+
+
+def vae_files(folder: Path, root: Path, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
+    """A folder's VAE as people have it in one file."""
+    weights = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    original = vae_names(weights)
+    kinds = {
+        "original": original | {"loss.discriminator.weight": torch.zeros(3)},
+        "prefixed": {f"first_stage_model.{name}": tensor for name, tensor in original.items()},
+        "diffusers": weights,
+    }
+    for kind, tensors in kinds.items():
+        save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, root / f"{kind}.safetensors")
+    return {kind: root / f"{kind}.safetensors" for kind in kinds}
+
+
+@pytest.mark.parametrize("base", ["folder", "file"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_vae_in_one_file_takes_the_bases_settings(name, base, bases, tmp_path, caplog):
+    folder, file = bases[name]
+    save = save_random_sdxl if name == "sdxl" else save_random_sd
+    other = save(tmp_path / "other", seed=5)
+    model, options = (folder, {}) if base == "folder" else (file, {"config": folder})
+    own = KINDS[name](model, **options)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = KINDS[name](folder, vae=other / "vae").encode_images(pixels)
+    assert not torch.equal(expected.mean, own.encode_images(pixels).mean)
+    seen = {own.fingerprint()["vae"]}
+    for kind, path in (
+        vae_files(other, tmp_path) | {"whole": save_single_file(other, tmp_path / "w.safetensors")}
+    ).items():
+        family = KINDS[name](model, vae=path, **options)
+        for ours, theirs in zip(family.encode_images(pixels), expected, strict=True):
+            assert torch.equal(ours, theirs), kind
+        assert family.folder.config("vae") == own.folder.config("vae")
+        latents = family.latents(Moments(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)), torch.zeros(1, 4, 8, 8))
+        assert latents.unique().item() == pytest.approx(0.13025 if name == "sdxl" else 0.18215)
+        seen.add(family.fingerprint()["vae"])
+        assert family.fingerprint()["unet"] == own.fingerprint()["unet"]
+    assert len(seen) == 4  # "prefixed" and "whole" have the same tensors under the same names
+    half = vae_files(other, tmp_path, torch.float16)["original"]
+    family = KINDS[name](model, vae=half, **options)
+    assert next(family._autoencoder().parameters()).dtype == torch.float32
+    assert family.fingerprint()["vae"] not in seen
+    assert caplog.records == []
+
+
+def test_a_vae_file_that_is_none_or_does_not_fit(bases, tmp_path):
+    folder, file = bases["sdxl"]
+    with pytest.raises(UserError, match="no such checkpoint"):
+        SDXL(folder, vae=tmp_path / "none.safetensors")
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_mid_block.lora_up.weight": torch.zeros(1)}, lora)
+    with pytest.raises(UserError, match="no VAE in this file"):
+        SDXL(folder, vae=lora)
+    (path, *_) = vae_files(bases["sd15"][0], tmp_path).values()  # four levels in place of three
+    with pytest.raises(UserError, match=r"the base model's own lacks(.|\n)*same architecture") as caught:
+        SDXL(folder, vae=path).encode_images(torch.rand(1, 3, 64, 64))
+    assert str(path) in str(caught.value)
+    wide = {k: t.repeat(2, 1, 1, 1) if k == "encoder.conv_in.weight" else t for k, t in load_file(path).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"shape(.|\n)*same architecture"):
+        StableDiffusion(bases["sd15"][0], vae=tmp_path / "wide.safetensors").encode_images(torch.rand(1, 3, 64, 64))
+    tensors = load_file(vae_files(folder, tmp_path)["original"])
+    save_file({name: t for name, t in tensors.items() if name != "decoder.conv_in.bias"}, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match=r"lacks tensors(.|\n)*same architecture"):
+        SDXL(file, config=folder, vae=tmp_path / "cut.safetensors").encode_images(torch.rand(1, 3, 64, 64))
 
 
 def test_the_fingerprint_follows_each_components_tensors(bases, tmp_path):

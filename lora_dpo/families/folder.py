@@ -20,8 +20,8 @@ from lora_dpo.families.files import (
     load_tokenizer,
     read_json,
     unreachable,
-    vae_folder,
 )
+from lora_dpo.families.vae import VaeFolder, other_vae
 
 
 @final
@@ -31,7 +31,7 @@ class PipelineFolder(ModelFiles):
     Args:
         base: a folder made by `save_pretrained`, or a hub id ("owner/name") that is in the cache or can be fetched.
         revision: of the hub id.
-        vae: another VAE in place of the folder's own: a folder or a hub id.
+        vae: another VAE in place of the folder's own: a folder, a hub id, or a .safetensors file with one's weights.
         prediction_type: "epsilon" or "v_prediction", in place of what the folder's scheduler says.
 
     Raises:
@@ -49,17 +49,20 @@ class PipelineFolder(ModelFiles):
         self._prediction = {} if prediction_type is None else {"prediction_type": prediction_type}
         self.path = _local_or_hub(base, revision, "model_index.json")
         self.index = read_json(self.path / "model_index.json")
-        self._vae = self.path / "vae" if vae is None else vae_folder(vae)
+        own = VaeFolder(self.path / "vae")
+        self._vae = own if vae is None else other_vae(vae, own.config)
 
     def has(self, component: str) -> bool:
-        return (self._vae if component == "vae" else self.path / component).is_dir()
+        return (self.path / component).is_dir()
 
     def config(self, component: str) -> dict[str, Any]:
+        if component == "vae":
+            return self._vae.config()
         config = read_json(self._folder(component) / config_file(component))
         return config | self._prediction if component == "scheduler" else config
 
     def vae(self, device: torch.device) -> AutoencoderKL:
-        return load_model(self._folder("vae"), AutoencoderKL, torch.float32, device)
+        return self._vae.load(device)
 
     def unet(self, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
         return load_model(self._folder("unet"), UNet2DConditionModel, dtype, device)
@@ -75,11 +78,14 @@ class PipelineFolder(ModelFiles):
     def digest(self, *components: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for component in components:
-            add_folder(digest, component, self._folder(component))
+            if component == "vae":
+                self._vae.add(digest)
+            else:
+                add_folder(digest, component, self._folder(component))
         return digest.hexdigest()
 
     def _folder(self, component: str) -> Path:
-        folder = self._vae if component == "vae" else self.path / component
+        folder = self.path / component
         if not folder.is_dir():
             raise UserError(f"the base model has no {component}", folder, "use a complete diffusers folder")
         return folder

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import tempfile
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
@@ -29,13 +26,13 @@ from lora_dpo.families.files import (
     explained,
     from_hub,
     frozen,
-    load_model,
     load_tokenizer,
     quiet,
     read_json,
-    vae_folder,
 )
 from lora_dpo.families.originals import ORIGINALS, OTHERS, UNET, Original
+from lora_dpo.families.tensor_file import TensorFile, diffusers_model
+from lora_dpo.families.vae import other_vae
 
 SUFFIX = ".safetensors"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -50,7 +47,7 @@ class SingleFile(ModelFiles):
         config: a diffusers folder or a hub id whose configurations and tokenizers (not its weights) hold; by default
             those of SD 1.5, SD 2.1 or SDXL, whichever the file is.
         revision: of `config`, if that is a hub id.
-        vae: another VAE in place of the file's own: a folder or a hub id.
+        vae: another VAE in place of the file's own: a folder, a hub id, or a .safetensors file with one's weights.
         prediction_type: "epsilon" or "v_prediction", whatever the file and the folder say; an SD 2.x file without
             marks needs it.
 
@@ -68,9 +65,9 @@ class SingleFile(ModelFiles):
         prediction_type: str | None = None,
     ) -> None:
         self.path, self._given = Path(file), prediction_type
-        self._header, self._metadata, self._begin = _read_header(self.path)
-        self._original = _recognised(self._header, self.path)
-        self._vae = None if vae is None else vae_folder(vae)
+        self._file = TensorFile(self.path)
+        self._original = _recognised(self._file.header, self.path)
+        self._vae = None if vae is None else other_vae(vae, lambda: self._own_config("vae"))
         self._configs = None if config is None else _config_folder(config, revision)
         index = self._configs / "model_index.json" if self._configs is not None else None
         self.index = read_json(index) if index is not None and index.is_file() else dict(self._original.index)
@@ -81,11 +78,14 @@ class SingleFile(ModelFiles):
         prefix = self._original.prefixes.get(component)
         if prefix is None:
             return component == "scheduler" or component in self._original.pad_tokens
-        return any(name.startswith(prefix) for name in self._header)
+        return bool(self._file.names(prefix))
 
     def config(self, component: str) -> dict[str, Any]:
         if component == "vae" and self._vae is not None:
-            return read_json(self._vae / "config.json")
+            return self._vae.config()
+        return self._own_config(component)
+
+    def _own_config(self, component: str) -> dict[str, Any]:
         if self._configs is not None and (self._configs / component).is_dir():
             config = read_json(self._configs / component / config_file(component))
         else:
@@ -104,13 +104,13 @@ class SingleFile(ModelFiles):
                     'give base.prediction_type: "v_prediction" for SD 2.1 at 768 pixels, "epsilon" for its base at 512',
                 )
             config["prediction_type"] = told
-            if "ztsnr" in self._header:
+            if "ztsnr" in self._file.header:
                 config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return config
 
     def vae(self, device: torch.device) -> AutoencoderKL:
         if self._vae is not None:
-            return load_model(self._vae, AutoencoderKL, torch.float32, device)
+            return self._vae.load(device)
         return self._diffusers_model(AutoencoderKL, "vae", torch.float32, device)
 
     def unet(self, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -143,7 +143,7 @@ class SingleFile(ModelFiles):
         digest = hashlib.blake2b(digest_size=16)
         for component in components:
             if component == "vae" and self._vae is not None:
-                add_folder(digest, component, self._vae)
+                self._vae.add(digest)
             elif component in TOKENIZERS:
                 if self._configs is not None and (self._configs / component).is_dir():
                     add_folder(digest, component, self._configs / component)
@@ -153,21 +153,21 @@ class SingleFile(ModelFiles):
             else:
                 settings = json.dumps(self.config(component), sort_keys=True)
                 digest.update(f"\x1e{component}\x1f{settings}".encode())
-                self._add_tensors(digest, component)
+                self._file.add(digest, self._names(component))
         return digest.hexdigest()
 
     def _prediction(self) -> str | None:
         """What was given, or what the file says: a tensor named v_pred, or the modelspec's metadata; None: nothing."""
         if self._given is not None:
             return self._given
-        if "v_pred" in self._header:
+        if "v_pred" in self._file.header:
             return "v_prediction"
-        said = self._metadata.get("modelspec.prediction_type", "").lower()
+        said = self._file.metadata.get("modelspec.prediction_type", "").lower()
         return {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(said)
 
     def _names(self, component: str) -> list[str]:
         prefix = self._original.prefixes[component]
-        names = sorted(name for name in self._header if name.startswith(prefix))
+        names = self._file.names(prefix)
         if not names:
             hint = "name one with base.vae" if component == "vae" else "use a complete checkpoint"
             raise UserError(f"this {self._original.title} checkpoint has no {component}", self.path, hint)
@@ -175,34 +175,12 @@ class SingleFile(ModelFiles):
 
     def _read(self, component: str) -> dict[str, Tensor]:
         """The component's tensors under their names in the file, and no other component's."""
-        names = self._names(component)
-        with explained(self.path), safe_open(self.path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
-
-    def _add_tensors(self, digest: hashlib.blake2b, component: str) -> None:
-        with self.path.open("rb") as opened:
-            for name in self._names(component):
-                entry = self._header[name]
-                begin, end = entry["data_offsets"]
-                digest.update(f"\x1e{name}\x1f{entry['dtype']}{entry['shape']}".encode())
-                opened.seek(self._begin + begin)
-                while begin < end:
-                    part = opened.read(min(end - begin, 1 << 24))
-                    if not part:
-                        raise UserError("this file is cut short", self.path, "download it again")
-                    digest.update(part)
-                    begin += len(part)
+        return self._file.read(self._names(component))
 
     def _diffusers_model(self, kind: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
-        weights = self._read(component)
-        settings = {name: value for name, value in self.config(component).items() if not name.startswith("_")}
-        with explained(self.path), quiet(), tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps({"_class_name": kind.__name__, **settings}))
-            try:
-                model = kind.from_single_file(weights, config=folder, torch_dtype=dtype, local_files_only=True)
-            except NotImplementedError as error:  # torch's, for parameters that have stayed without values
-                raise UserError(f"this checkpoint lacks tensors of the {component}", self.path, _CONFIG_HINT) from error
-        return frozen(model, device)
+        weights, config = self._read(component), self.config(component)
+        lacking = UserError(f"this checkpoint lacks tensors of the {component}", self.path, _CONFIG_HINT)
+        return diffusers_model(kind, weights, config, self.path, dtype, device, lacking)
 
     def _same_shapes(self, component: str, expected: dict[str, Tensor], found: dict[str, Tensor | None]) -> None:
         lacking = [name for name, tensor in found.items() if tensor is None]
@@ -216,21 +194,6 @@ class SingleFile(ModelFiles):
 
 
 _CONFIG_HINT = "if the model is not of its original's size, name a diffusers folder with its settings as base.config"
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """(name → dtype, shape, data_offsets; metadata; where the data begin)."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("cut short")
-            header = json.loads(opened.read(length))
-    except FileNotFoundError as error:
-        raise UserError("no such checkpoint", file) from error
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"can't be read as safetensors ({error})", file, "download it again") from error
-    return header, header.pop("__metadata__", None) or {}, 8 + length
 
 
 def _recognised(header: dict[str, Any], file: Path) -> Original:

@@ -31,7 +31,7 @@ class UNetFamily(Family):
     Args:
         base: a diffusers folder, a hub id, or a checkpoint that is one .safetensors file.
         revision: of the hub id: branch, tag or commit.
-        vae: another VAE: folder or hub id.
+        vae: another VAE: folder, hub id, or .safetensors file.
         config: for a single file: a diffusers folder or hub id with its configurations and tokenizers.
         prediction_type: "epsilon" or "v_prediction", in place of what the model's files say.
         dtype: of the denoiser and the text encoders: "float32", "bfloat16" or "float16".

@@ -7,6 +7,7 @@ the adapter's float32, and autograd keeps the copy for the gradient of A: one of
 
 from __future__ import annotations
 
+import copy
 from typing import Any, final
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-POLICY = "lora_dpo"
+POLICY, REFERENCE = "lora_dpo", "lora_dpo_reference"
 PARTS = ("lora_A", "lora_B")
 
 
@@ -61,6 +62,13 @@ class Adapted(nn.Module):
     def weight_of(self, part: str, name: str = POLICY) -> nn.Parameter:
         """Of `lora_A` or `lora_B`."""
         return getattr(self, part)[name].weight
+
+    def keep_as(self, name: str) -> None:
+        """A frozen copy of the policy's weights as they are now."""
+        for part in PARTS:
+            weights: nn.ModuleDict = getattr(self, part)
+            weights[name] = copy.deepcopy(weights[POLICY]).requires_grad_(False)
+        self.scaling[name] = self.scaling[POLICY]
 
     def product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """up·(down·x) for the layer's kind of product."""

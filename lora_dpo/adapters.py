@@ -1,6 +1,7 @@
 """LoRA on the denoiser, with the policy and the reference as two states of one network.
 
-The adapters are on: the policy. They are off: the reference, bit for bit the base model.
+The adapters are on: the policy. They are off: the reference, bit for bit the base model. Or a frozen adapter is on in
+their place: a reference that is not the base.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_dpo.adapted_layers import CLASSES, PARTS, POLICY, Adapted, Switch
+from lora_dpo.adapted_layers import CLASSES, PARTS, POLICY, REFERENCE, Adapted, Switch
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.randomness import torch_generator
 
@@ -51,6 +52,7 @@ class Adapters:
         self.rank, self.alpha, self.layers = rank, alpha, layers
         self.scale = scale_of(rank, alpha, rslora)
         self._denoiser, self._switch = denoiser, Switch()
+        self._reference: str | None = None
         for layer in layers.values():
             layer.switch = self._switch
 
@@ -105,16 +107,22 @@ class Adapters:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Adapters off inside the scope, restored on exceptions; scopes may be nested.
+        """The reference inside the scope: adapters off, or those of `keep_as_reference`; without dropout.
 
-        `backward()` of a policy pass must not run in here: under gradient checkpointing it repeats the forward pass,
-        and would repeat it without adapters.
+        The policy is restored on exceptions; scopes may be nested. `backward()` of a policy pass must not run in here:
+        under gradient checkpointing it repeats the forward pass, and would repeat it as the reference.
         """
-        before, self._switch.active = self._switch.active, None
+        before, self._switch.active = self._switch.active, self._reference
         try:
             yield
         finally:
             self._switch.active = before
+
+    def keep_as_reference(self) -> None:
+        """From now on the adapter as it is now is the reference, instead of the base; `state_dict` is without it."""
+        for layer in self.layers.values():
+            layer.keep_as(REFERENCE)
+        self._reference = REFERENCE
 
     def train(self, mode: bool = True) -> None:
         """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""

@@ -1,9 +1,9 @@
 """Pixels to VAE moments and prompts to embeddings, once each, stored by content and by what produced them.
 
 ```text
-directory/moments-<VAE, resolution>/<digest of keys>.safetensors    mean, std, geometry of many images
+directory/moments-<VAE, size, crop>/<digest of keys>.safetensors    mean, std, geometry of many images
 directory/prompts-<text encoders>/<digest of keys>.safetensors      the conditioning of many prompts
-directory/pairs-<source, VAE, resolution, text encoders>.safetensors    which of them make up each pair
+directory/pairs-<source, VAE, framing, text encoders>.safetensors    which of them make up each pair
 ```
 A shard is complete or absent, so a fill that was killed goes on from the shards it finished. One network is loaded at a
 time: the VAE while images are encoded, the text encoders while prompts are, and none once `fill` returns.
@@ -12,7 +12,7 @@ time: the VAE while images are encoded, the text encoders while prompts are, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lora_dpo import cache_fill, cache_index, cache_use
+from lora_dpo.buckets import Size
 from lora_dpo.cache_fill import EMPTY, Progress, Work
 from lora_dpo.cache_index import Index
+from lora_dpo.cache_pictures import PictureStores, below, moments_folders
 from lora_dpo.cache_store import Damaged, Reader, Shard, Store, digest, discard
 from lora_dpo.data import PreferenceSource
-from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.data.framing import Framing
+from lora_dpo.errors import LoraDpoError
 from lora_dpo.families import Conditioning, Family, Moments
 
 VERSION = 2
@@ -35,7 +38,10 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class CachedPair:
-    """One pair as batches of one, ready to be concatenated; `prompt` indexes `CachedPairs.prompts`."""
+    """One pair as batches of one, ready to be concatenated with others of its size.
+
+    `prompt` indexes `CachedPairs.prompts`.
+    """
 
     winner: Moments
     loser: Moments
@@ -50,12 +56,11 @@ class CachedPairs:
     A row that has changed since it was written is made anew from the source: its shard is deleted and filled again.
 
     Attributes:
-        report: the source's, exact duplicates among its dropped rows.
-        fingerprint: changes with any pair, with their order, the resolution, the VAE and the text encoders.
+        report: the source's, with exact duplicates and too small pictures among its dropped rows.
+        fingerprint: changes with any pair, with their order, the framing, the VAE and the text encoders.
         prompts: the distinct prompts in the order of their first pair.
         keys: a digest of (prompt, winner, loser) per pair, by which its draws are keyed.
         origins: "file:row" per pair.
-        resolution: pixels.
         encoded: how many "pictures" and "prompts" `fill` encoded in this process.
     """
 
@@ -67,15 +72,14 @@ class CachedPairs:
         self,
         index: Index,
         directory: Path,
-        resolution: int,
         refill: Callable[[Damaged], CachedPairs],
-        encoded: Counter[str],
-        held: cache_use.Hold | None,
+        encoded: Counter[str] | None = None,
+        held: cache_use.Hold | None = None,
     ) -> None:
         self.report, self.keys, self.prompts, self.origins = index.report, index.keys, index.prompts, index.origins
-        self.resolution, self.fingerprint = resolution, index.fingerprint
+        self.fingerprint = index.fingerprint
         self._index, self._refill = index, refill
-        self.encoded, self._held = encoded, held
+        self.encoded, self._held = encoded or Counter(), held
         self._reader = Reader([directory / name for name in index.shards])
 
     def __len__(self) -> int:
@@ -95,6 +99,23 @@ class CachedPairs:
     def prompt_index(self, index: int) -> int:
         """The pair's prompt, without reading its images."""
         return self._index.prompt(index)
+
+    def size(self, index: int) -> Size:
+        """(height, width) of the pair's pictures in pixels, without reading them."""
+        return self._index.size(index)
+
+    def sizes(self) -> Counter[Size]:
+        """How many pairs there are of each size."""
+        return self._index.sizes()
+
+    def runs(self, indices: Sequence[int], at_most: int) -> Iterator[slice]:
+        """Cuts a sequence of pairs into neighbours of one size, so many each or fewer."""
+        start = 0
+        for place in range(1, len(indices) + 1):
+            full = place - start == at_most
+            if full or place == len(indices) or self.size(indices[place]) != self.size(indices[start]):
+                yield slice(start, place)
+                start = place
 
     def conditioning(self, prompt_indices: list[int]) -> Conditioning:
         """A batch of prompts in this order; -1 is the empty prompt."""
@@ -134,7 +155,7 @@ def fill(
     source: PreferenceSource,
     family: Family,
     directory: Path | str,
-    resolution: int,
+    framing: Framing | int,
     progress: Progress | None = None,
     *,
     tell: Callable[[str], None] | None = None,
@@ -144,10 +165,11 @@ def fill(
 ) -> CachedPairs:
     """Encodes what is not there yet and returns the source's pairs in its order, exact duplicates left out.
 
-    Images are centre squares at `resolution` pixels. The family's encoders are released once something was encoded.
-    Several processes may fill the same directory at once: they divide the work.
+    The family's encoders are released once something was encoded. Several processes may fill the same directory at
+    once: they divide the work.
 
     Args:
+        framing: the pictures' sizes and crops; a number is the side of centre squares.
         progress: called with (done, total or None, what is being done).
         tell: called with a line on damaged shards, and on other processes that are waited for.
         about: what these pairs are, for people who look into the cache.
@@ -155,17 +177,18 @@ def fill(
         bytes_per_shard: about so much is lost when a fill is killed.
 
     Raises:
-        UserError: a resolution the VAE can't take, a source without a usable pair, a directory that can't be written.
+        UserError: sizes that the model can't take, a source without a usable pair, a directory that can't be written.
         LoraDpoError: moments or embeddings that are not finite, naming the images' origins.
     """
-    if resolution <= 0 or resolution % family.latent_scale:
-        raise UserError(f"resolution has to be a positive multiple of {family.latent_scale}, got {resolution}")
+    framing = Framing(framing) if isinstance(framing, int) else framing
+    framing.require(family.latent_scale, family.size_multiple)
     say = tell or (lambda _: None)
     directory = Path(directory)
     made_by = family.fingerprint()
-    vae, text = _made_by(family, resolution)
-    path = index_path(source, family, directory, resolution)
-    held = cache_use.hold(path, [f"moments-{vae}", f"prompts-{text}"], about, say)
+    path = index_path(source, family, directory, framing)
+    vae, text = _made_by(family, framing)
+    groups = moments_folders(framing, (VERSION, made_by["vae"]))
+    held = cache_use.hold(path, [*groups.values(), f"prompts-{text}"], about, say)
     encoded: Counter[str] = Counter()
 
     def refill(damage: Damaged) -> CachedPairs:
@@ -178,7 +201,7 @@ def fill(
         for _ in range(ATTEMPTS):
             index = cache_index.read(path)
             if index is not None and not _damaged(directory, index, say):
-                return CachedPairs(index, directory, resolution, refill, encoded, held)
+                return CachedPairs(index, directory, refill, encoded, held)
             build()
         raise LoraDpoError(
             f"{directory}: what was written here is gone or has changed at once\n"
@@ -186,21 +209,21 @@ def fill(
         )
 
     def build() -> None:
-        batch = images_per_batch or max(1, min(32, (1 << 21) // resolution**2))
-        bytes_per_image = 8 * family.latent_channels * (resolution // family.latent_scale) ** 2
+        # No size has more pixels than the square.
+        batch = images_per_batch or max(1, min(32, (1 << 21) // framing.resolution**2))
+        bytes_per_image = 8 * family.latent_channels * (framing.resolution // family.latent_scale) ** 2
         about = {"family": family.name, "version": VERSION}
         work = Work(
             family,
-            Store(
-                directory / f"moments-{vae}",
-                about | {"kind": "moments", "vae": made_by["vae"], "size": [resolution, resolution]},
+            PictureStores(
+                directory, framing, (VERSION, made_by["vae"]), about | {"kind": "moments", "vae": made_by["vae"]}
             ),
             Store(
                 directory / f"prompts-{text}",
                 about | {"kind": "prompts", "text_encoders": made_by["text_encoders"]},
                 bytes_per_shard,
             ),
-            resolution,
+            framing,
             batch,
             batch * max(1, -(-bytes_per_shard // (bytes_per_image * batch))),
             directory / f"locks-{path.stem.removeprefix('pairs-')}",
@@ -217,8 +240,8 @@ def fill(
             draft,
             report,
             digest(f"{vae}{text}", *draft.keys),
-            {key: _below(work.images, key) for key in {*draft.winners, *draft.losers}},
-            [_below(work.texts, digest(prompt)) for prompt in (*draft.prompts, EMPTY)],
+            work.images.place,
+            [below(work.texts, digest(prompt)) for prompt in (*draft.prompts, EMPTY)],
         )
         cache_fill.finish(work)
 
@@ -230,20 +253,15 @@ def fill(
         raise
 
 
-def index_path(source: PreferenceSource, family: Family, directory: Path, resolution: int) -> Path:
+def index_path(source: PreferenceSource, family: Family, directory: Path, framing: Framing) -> Path:
     """The file that `fill` writes last; its presence means that the pairs are encoded."""
-    return directory / f"pairs-{digest(source.fingerprint(), *_made_by(family, resolution))}.safetensors"
+    return directory / f"pairs-{digest(source.fingerprint(), *_made_by(family, framing))}.safetensors"
 
 
-def _made_by(family: Family, resolution: int) -> tuple[str, str]:
+def _made_by(family: Family, framing: Framing) -> tuple[str, str]:
     """Digests of what makes the pictures' rows, and of what makes the prompts'."""
     made_by = family.fingerprint()
-    return digest(VERSION, made_by["vae"], resolution), digest(VERSION, made_by["text_encoders"])
-
-
-def _below(store: Store, key: str) -> tuple[str, int]:
-    name, row = store.place(key)
-    return f"{store.directory.name}/{name}", row
+    return digest(VERSION, made_by["vae"], *framing.settings()), digest(VERSION, made_by["text_encoders"])
 
 
 def _damaged(directory: Path, index: Index, tell: Callable[[str], Any]) -> list[Damaged]:

@@ -1,10 +1,10 @@
 """Encoding what is missing, by any number of processes at once.
 
-The distinct pictures of a source, in the order in which they come first, are divided into chunks of one shard each.
-A process that meets a missing picture tries to lock the picture's chunk, and leaves the chunk to the lock's holder
-where that fails. The division and the batches follow from the source alone, so that the same rows come out whoever
-makes them, after however many kills. Locks only spare work: a shard appears complete, under a name that tells its
-content.
+The distinct pictures of a source, in the order in which they come first, are divided into chunks, which become one
+shard for each size in them. A process that meets a missing picture tries to lock the picture's chunk, and leaves the
+chunk to the lock's holder where that fails. The division and the batches follow from the source alone, so that the same
+rows come out whoever makes them, after however many kills. Locks only spare work: a shard appears complete, under a
+name that tells its content.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_dpo.atomic import clear_os_errors
+from lora_dpo.buckets import Size, written
 from lora_dpo.cache_index import Draft
+from lora_dpo.cache_pictures import Key, PictureStores
 from lora_dpo.cache_store import HINT, Store, digest
 from lora_dpo.data import Preference, PreferenceSource, SourceReport
-from lora_dpo.data.images import centre_square, decode, to_pixels
+from lora_dpo.data.framing import TOO_SMALL, Framing, frame
+from lora_dpo.data.images import decode, to_pixels, upright_size
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, NotFiniteError, geometry
 
 PROMPTS_PER_BATCH = 64
 EMPTY = ""
+DUPLICATE = "duplicate pair"
 # A lock that outlives its process, as on some network file systems, costs so much waiting and no more.
 PATIENCE_SECONDS = 600.0
 Progress = Callable[[int, int | None, str], None]
@@ -43,19 +47,19 @@ class Work:
     """What a fill is made of.
 
     Attributes:
-        batch: images that are encoded together.
-        images_per_shard: a multiple of `batch`; also the images of a chunk.
+        batch: images that are encoded together, all of one size.
+        images_per_chunk: a multiple of `batch`.
         locks: the folder of this source's lock files.
         tell: one line for the user.
         encoded: counts the "pictures" and "prompts" that this process encodes.
     """
 
     family: Family
-    images: Store
+    images: PictureStores
     texts: Store
-    resolution: int
+    framing: Framing
     batch: int
-    images_per_shard: int
+    images_per_chunk: int
     locks: Path
     progress: Progress | None
     tell: Callable[[str], None]
@@ -121,12 +125,12 @@ def finish(work: Work) -> None:
 
 
 class _Chunk:
-    """The pictures of one shard, encoded in batches as they come."""
+    """Some pictures in a row, encoded in batches of one size as they come."""
 
     def __init__(self, work: Work, number: int) -> None:
         self._work, self.number = work, number
         self._lock = FileLock(work.locks / f"{number}.lock")
-        self._waiting: dict[str, tuple[Tensor, Tensor, str]] = {}
+        self._waiting: dict[Size, dict[str, tuple[Tensor, Tensor, str]]] = {}
         self._mine: bool | None = None
         self.encoded = False
 
@@ -138,37 +142,40 @@ class _Chunk:
                 self._work.images.refresh()
         return self._mine
 
-    def add(self, name: str, data: bytes, picture: Image | None, origin: str) -> None:
-        picture = picture or decode(data, origin)
-        resolution = self._work.resolution
-        square, crop = centre_square(picture, resolution)
-        size = geometry((picture.height, picture.width), crop, (resolution, resolution))
-        self._waiting[name] = (to_pixels(square), size, origin)
-        if len(self._waiting) == self._work.batch:
-            self._encode()
+    def add(self, key: Key, data: bytes, picture: Image | None, origin: str) -> None:
+        picture, (name, size) = picture or decode(data, origin), key
+        framed, crop = frame(picture, size, self._work.framing.crop)
+        waiting = self._waiting.setdefault(size, {})
+        waiting[name] = (to_pixels(framed), geometry((picture.height, picture.width), crop, size), origin)
+        if len(waiting) == self._work.batch:
+            self._encode(size)
 
     def close(self) -> None:
         """Encodes and writes what is left."""
-        if self._waiting:
-            self._encode()
-        self._work.images.flush()
+        for size in self._waiting:
+            self._encode(size)
+        self._work.images.flush(self._waiting)
         self.release()
 
     def release(self) -> None:
         self._lock.release()
 
-    def _encode(self) -> None:
-        pixels = torch.stack([pixels for pixels, _, _ in self._waiting.values()])
+    def _encode(self, size: Size) -> None:
+        waiting = self._waiting[size]
+        if not waiting:
+            return
+        pixels = torch.stack([pixels for pixels, _, _ in waiting.values()])
         try:
             moments = self._work.family.encode_images(pixels)
         except NotFiniteError as error:
-            origins = [origin for _, _, origin in self._waiting.values()]
+            origins = [origin for _, _, origin in waiting.values()]
             bad = ", ".join(dict.fromkeys(origins[index] for index in error.images))
             raise UserError("the VAE's moments have NaN or infinite values for a picture", bad, error.hint) from error
-        sizes = torch.cat([size for _, size, _ in self._waiting.values()])
-        self._work.images.add(list(self._waiting), {"mean": moments.mean, "std": moments.std, "geometry": sizes})
-        self._work.encoded["pictures"] += len(self._waiting)
-        self._waiting.clear()
+        geometries = torch.cat([geometry for _, geometry, _ in waiting.values()])
+        rows = {"mean": moments.mean, "std": moments.std, "geometry": geometries}
+        self._work.images[size].add(list(waiting), rows)
+        self._work.encoded["pictures"] += len(waiting)
+        waiting.clear()
         self.encoded = True
 
 
@@ -176,39 +183,47 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
     """Once through the source; also the chunks that other processes are making."""
     draft, images = Draft(), work.images
     prompt_of: dict[str, int] = {}
-    first_seen: dict[str, int] = {}
+    first_seen: dict[Key, int] = {}
     seen: set[str] = set()
-    duplicates: list[str] = []
+    dropped: list[tuple[str, str, str]] = []
     left: dict[int, None] = {}
     chunk, encoded = _Chunk(work, 0), False
     with _known_pictures(source, images):
         try:
             for preference in source:
+                own = _own_sizes(preference) if work.framing.looks else ()
+                size = work.framing.size_for(own)
+                if work.framing.drops(own, size):
+                    dropped.append(
+                        (TOO_SMALL, preference.origin, " and ".join(map(written, own)) + f" for {written(size)}")
+                    )
+                    continue
                 names = []
                 for name, data, picture in _sides(preference):
                     names.append(name)
-                    if name in first_seen:
+                    key = (name, size)
+                    if key in first_seen:
                         continue
-                    number = first_seen[name] = len(first_seen)
-                    if number // work.images_per_shard != chunk.number:
+                    number = first_seen[key] = len(first_seen)
+                    if number // work.images_per_chunk != chunk.number:
                         chunk.close()
                         encoded = encoded or chunk.encoded
-                        chunk = _Chunk(work, number // work.images_per_shard)
-                    if name in images:
+                        chunk = _Chunk(work, number // work.images_per_chunk)
+                    if key in images:
                         continue
                     if not chunk.mine():
                         left[chunk.number] = None
-                    elif name not in images:
-                        chunk.add(name, data, picture, preference.origin)
-                key = digest(preference.prompt, *names)
-                if key in seen:
-                    duplicates.append(preference.origin)
+                    elif key not in images:
+                        chunk.add(key, data, picture, preference.origin)
+                pair = digest(preference.prompt, *names)
+                if pair in seen:
+                    dropped.append((DUPLICATE, preference.origin, ""))
                     continue
-                seen.add(key)
-                draft.keys.append(key)
+                seen.add(pair)
+                draft.keys.append(pair)
                 draft.winners.append(names[0])
                 draft.losers.append(names[1])
-                draft.sizes.append((work.resolution, work.resolution))
+                draft.sizes.append(size)
                 draft.origins.append(preference.origin)
                 draft.prompt_of.append(prompt_of.setdefault(preference.prompt, len(prompt_of)))
                 work.count(len(draft.keys))
@@ -217,14 +232,23 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
             chunk.release()
     if encoded or chunk.encoded:
         work.family.release_encoders()
-    if not draft.keys:
-        raise UserError("the source has no usable pair", hint=source.report.summary())
-    draft.prompts.extend(prompt_of)
     report = copy.deepcopy(source.report)
-    for origin in duplicates:
+    for reason, origin, detail in dropped:
         report.kept -= 1
-        report.drop("duplicate pair", origin)
+        report.drop(reason, origin, detail)
+    if not draft.keys:
+        raise UserError("the source has no usable pair", hint=report.summary())
+    draft.prompts.extend(prompt_of)
     return draft, report, list(left)
+
+
+def _own_sizes(preference: Preference) -> tuple[Size, ...]:
+    """Of the pair's pictures, upright."""
+    sides = zip((preference.winner, preference.loser), preference.pictures, strict=True)
+    return tuple(
+        upright_size(data, preference.origin) if picture is None else (picture.height, picture.width)
+        for data, picture in sides
+    )
 
 
 def _sides(preference: Preference) -> Iterator[tuple[str, bytes, Image | None]]:
@@ -233,9 +257,9 @@ def _sides(preference: Preference) -> Iterator[tuple[str, bytes, Image | None]]:
 
 
 @contextmanager
-def _known_pictures(source: PreferenceSource, images: Store) -> Iterator[None]:
+def _known_pictures(source: PreferenceSource, images: PictureStores) -> Iterator[None]:
     """Scope in which the source decodes no picture that was encoded before."""
-    source.known = lambda data: digest(data) in images
+    source.known = lambda data: images.knows(digest(data))
     try:
         yield
     finally:

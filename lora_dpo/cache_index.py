@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lora_dpo import atomic
+from lora_dpo.buckets import Size
 from lora_dpo.cache_store import HINT
 from lora_dpo.data import SourceReport
 
@@ -33,14 +34,14 @@ class Draft:
     Attributes:
         keys: a digest per pair.
         winners, losers: keys of images.
-        sizes: of a pair's pictures as (height, width) in pixels.
+        sizes: that a pair's pictures are stored at.
         prompt_of: places in `prompts`.
     """
 
     keys: list[str] = field(default_factory=list)
     winners: list[str] = field(default_factory=list)
     losers: list[str] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list)
     prompt_of: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
@@ -113,7 +114,7 @@ class Index:
         self.report = SourceReport(**about["report"] | counts)
         self.fingerprint: str = about["fingerprint"]
         self.shards: list[str] = about["shards"]
-        self._sizes: list[tuple[int, int]] = [(size[0], size[1]) for size in about["sizes"]]
+        self._sizes: list[Size] = [(size[0], size[1]) for size in about["sizes"]]
         self.keys: Sequence[str] = Digests(held["keys"])
         self.prompts: Sequence[str] = Texts(held["prompts"], held["prompt_ends"])
         self.origins: Sequence[str] = Texts(held["origins"], held["origin_ends"])
@@ -140,15 +141,14 @@ class Index:
         """(shard, row) of every picture and prompt, int64 [n, 2], in memory."""
         return np.concatenate([self._images.reshape(-1, 2), self._texts]).astype(np.int64)
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """The distinct (height, width) of pictures, in pixels."""
-        return self._sizes
+    def size(self, index: int) -> Size:
+        """Of the pair's pictures."""
+        return self._sizes[int(self._size_of[index])]
 
-    @property
-    def size_of(self) -> np.ndarray:
-        """Each pair's place in `sizes`, int16 [pairs]."""
-        return self._size_of
+    def sizes(self) -> Counter[Size]:
+        """How many pairs there are of each size."""
+        counts = np.bincount(self._size_of, minlength=len(self._sizes)).tolist()
+        return Counter(dict(zip(self._sizes, counts, strict=True)))
 
 
 def write(
@@ -156,23 +156,23 @@ def write(
     draft: Draft,
     report: SourceReport,
     fingerprint: str,
-    images: dict[str, Place],
+    images: Callable[[tuple[str, Size]], Place],
     texts: Sequence[Place],
 ) -> None:
     """Writes the file, complete or not at all.
 
     Args:
-        images: key → place.
+        images: the place of a picture at a size.
         texts: the places of the draft's prompts, then the empty prompt's.
     """
     number: dict[str, int] = {}
-    sizes: dict[tuple[int, int], int] = {}
+    sizes: dict[Size, int] = {}
 
     def place(found: Place) -> tuple[int, int]:
         return number.setdefault(found[0], len(number)), found[1]
 
-    pairs = zip(draft.winners, draft.losers, strict=True)
-    rows = [(*place(images[winner]), *place(images[loser])) for winner, loser in pairs]
+    pairs = zip(draft.winners, draft.losers, draft.sizes, strict=True)
+    rows = [(*place(images((winner, size))), *place(images((loser, size)))) for winner, loser, size in pairs]
     size_of = [sizes.setdefault(size, len(sizes)) for size in draft.sizes]
     prompts, prompt_ends = _run(draft.prompts)
     origins, origin_ends = _run(draft.origins)

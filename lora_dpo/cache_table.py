@@ -97,6 +97,7 @@ def _made_by(about: Mapping[str, Any]) -> str:
         for part in (
             about.get("family"),
             f"{size[1]}×{size[0]}" if size else None,
+            about["crop"] if about.get("crop", "center") != "center" else None,
             f"vae {about['vae'][:8]}" if "vae" in about else None,
             f"text {about['text_encoders'][:8]}" if "text_encoders" in about else None,
         )

@@ -17,7 +17,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -45,15 +44,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Replace single keys, as TOML.")
 ]
 APP = "lora_dpo_app"
-
-
-class Resume(Enum):
-    """Of a run that is in the folder."""
-
-    auto = "auto"
-    never = "never"
-
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 
 
@@ -152,9 +142,6 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; a run that is in the folder is renamed, never deleted.")
     ] = False,
-    resume: Annotated[
-        Resume, typer.Option("--resume", help="auto: go on with a run that is in the folder; never: refuse to.")
-    ] = Resume.auto,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -171,9 +158,8 @@ def train(
         from lora_dpo import build
 
         outcome = build.run(
-            resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh,
-            resume=resume is Resume.auto,
-        )  # fmt: skip
+            resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh
+        )
     if as_json and outcome.is_main:
         _print_json(outcome.result | {"run_dir": str(directory), "pushed": outcome.pushed})
     elif outcome.is_main:
@@ -282,7 +268,7 @@ def doctor(
     """Tell what this machine has and what of it works; exit code 1 if something is broken that a run needs."""
     from lora_dpo import doctor as doctors
     from lora_dpo import doctor_table
-    from lora_dpo.recipe import default_cache_dir
+    from lora_dpo.file_digests import default_cache_dir
 
     with _reserved_stdout(as_json), doctor_table.waiting(sys.stderr) as step:
         findings = doctors.examine(run_dir, default_cache_dir(), step=step)

@@ -29,6 +29,7 @@ def complete(
     run_dir: Path,
     family: Family,
     adapters: Adapters,
+    start: dict[str, str] | None,
     pairs: cache.CachedPairs,
     cut: int,
     kept_out: cache.CachedPairs | None,
@@ -42,7 +43,7 @@ def complete(
     """Export, verification, evaluation and report of a trained adapter: the content of `result.json`."""
     peak_memory.restart(device)
     kept = pairs.report
-    metadata = parts.metadata(recipe, family)
+    metadata = parts.metadata(recipe, family, start)
     file = export.save(adapters, run_dir / ADAPTER, metadata)
     kohya_file = run_dir / KOHYA / f"{recipe.name}.safetensors"
     try:
@@ -72,6 +73,8 @@ def complete(
         "win_rate_ci95": None,
         "score_base": None,
         "score_adapted": None,
+        "start": start,
+        "reference": parts.reference(recipe),
         "steps": trained.steps,
         "exported_step": trained.exported_step,
         "rollbacks": trained.rollbacks,
@@ -84,7 +87,10 @@ def complete(
             "captions": len(pairs.prompts),
             "captions_cut": cut,
         },
-        "latent_shape": list(pairs.pair(0).winner.mean.shape[1:]),
+        "buckets": [
+            {"width": width, "height": height, "pairs": count} for (height, width), count in pairs.sizes().most_common()
+        ],
+        "latent_shape": [family.latent_channels, *[recipe.data.resolution // family.latent_scale] * 2],
         "verification": asdict(verified),
         "implicit": implicit.to_json() if implicit is not None else None,
         "held_out_by_step": run_dirs.held_out_by_step(run_dir),
@@ -140,7 +146,7 @@ def write_card(recipe: Recipe, run_dir: Path, result: dict[str, Any], repo: str 
         data_source=recipe.data.path,
         data_report=SourceReport(data["rows"], data["kept"], Counter(data["dropped"])),
         method=recipe.method.model_dump(mode="json"),
-        settings={name: value for name, value in settings.items() if name != "keep_checkpoints"},
+        settings={name: value for name, value in settings.items() if name not in ("keep_checkpoints", "start")},
         sum_form_beta=sum_form_beta(beta, result["latent_shape"]) if beta is not None else None,
         resolution=recipe.data.resolution,
         sampling={"steps": recipe.evaluate.steps, "guidance": recipe.evaluate.guidance},

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import safetensors.torch
@@ -80,10 +81,14 @@ class Probe:
 
 
 def probe(pairs: CachedPairs, family: Family, *, count: int = 2, seed: int = 0) -> Probe:
-    """Noised winners of the first pairs, at timesteps and noise that depend on nothing but `seed` and the pairs."""
-    indices = range(min(count, len(pairs)))
+    """Noised winners of the first pairs that have the first one's size.
+
+    Timesteps and noise depend on nothing but `seed` and the pairs.
+    """
+    alike = (index for index in range(len(pairs)) if pairs.size(index) == pairs.size(0))
+    indices = list(islice(alike, count))
     stream = PairStream(pairs, family, seed=seed_of(seed, PROBE), batch_pairs=len(indices))
-    part = stream.part(list(indices), [0] * len(indices), batch_pairs=len(indices))
+    part = stream.part(indices, [0] * len(indices), batch_pairs=len(indices))
     x_t = family.schedule.add_noise(part.x_0_winner, part.noise, part.t)
     return Probe(x_t, part.t, part.conditioning_winner)
 

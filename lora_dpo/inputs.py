@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_dpo import parts, report
+from lora_dpo.buckets import written
 from lora_dpo.cache import CachedPairs, fill, index_path
 from lora_dpo.data import PreferenceSource
 from lora_dpo.errors import UserError
@@ -25,7 +26,7 @@ def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -
 def indexes(recipe: Recipe, family: Family, directory: Path) -> dict[str, Path]:
     """The cache's files that stand for the pairs to train on and for those held out, present or not."""
     wanted = [TRAIN, HELD_OUT] if recipe.evaluate.implicit_pairs else [TRAIN]
-    return {name: index_path(_source(recipe, name), family, directory, recipe.data.resolution) for name in wanted}
+    return {name: index_path(_source(recipe, name), family, directory, parts.framing(recipe)) for name in wanted}
 
 
 def _source(recipe: Recipe, name: str) -> PreferenceSource:
@@ -39,7 +40,7 @@ def _filled(recipe: Recipe, name: str, family: Family, directory: Path, progress
         _source(recipe, name),
         family,
         directory,
-        recipe.data.resolution,
+        parts.framing(recipe),
         count(progress),
         tell=progress.message,
         about=f"{recipe.data.path}, {name}",
@@ -47,8 +48,15 @@ def _filled(recipe: Recipe, name: str, family: Family, directory: Path, progress
 
 
 def tell(pairs: CachedPairs, family: Family, progress: Progress) -> int:
-    """Says how many there are, what was dropped, and how many captions the text encoders cut, which it returns."""
+    """Says how many there are, what was dropped, their buckets, and how many captions the text encoders cut.
+
+    Returns:
+        the last.
+    """
     progress.message(pairs.report.summary())
+    sizes = pairs.sizes()
+    if len(sizes) > 1:
+        progress.message("buckets: " + ", ".join(f"{written(size)} {count:,}" for size, count in sizes.most_common()))
     cut = len(family.cut_prompts(pairs.prompts))
     if cut:
         progress.message(report.cut_captions(cut, len(pairs.prompts)))
@@ -66,11 +74,17 @@ def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Pr
         raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
 
 
-def prompts(recipe: Recipe) -> list[str]:
-    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs."""
+def prompts(recipe: Recipe, kept_out: CachedPairs | None) -> list[str]:
+    """The prompts to sample: the file's, or the first distinct ones among the held-out pairs.
+
+    Args:
+        kept_out: the first held-out pairs; the source is read again only if they have too few prompts.
+    """
     wanted = recipe.evaluate.prompts
     if recipe.evaluate.prompts_file is not None:
         found = iter(samples.read_prompts(Path(recipe.evaluate.prompts_file)))
+    elif kept_out is not None and len(kept_out.prompts) >= wanted:
+        found = iter(kept_out.prompts)
     else:
         found = (pair.prompt for pair in parts.source(recipe, recipe.data.heldout_split))
     return samples.first_distinct(found, wanted)

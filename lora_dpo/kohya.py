@@ -1,13 +1,11 @@
 """The adapter in kohya's layout, which ComfyUI, A1111 and Forge load, and the proof that it is the same adapter.
 
-Their SDXL is built from the original network's blocks (`input_blocks_4_1_…`), their SD 1.x and 2.x from diffusers'
-(`down_blocks_1_attentions_0_…`). The scale is not folded in here: `.alpha` stands beside the plain weights, and
-loaders multiply by alpha / rank.
+The scale is not folded in here: `.alpha` stands beside the plain weights, and loaders multiply by alpha / rank. The
+names are those of `kohya_layout`.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,31 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_dpo.errors import LoraDpoError
 from lora_dpo.export import LOADED_NAME, Probe, Verification, errors_only, predict, tolerance_for, write
 from lora_dpo.families import Family
+from lora_dpo.kohya_layout import PARTS, PREFIX, NotInKohyasLayout, sgm_name
 
 NAME = "kohya"
-_PARTS = {"lora_A": "lora_down", "lora_B": "lora_up"}
-_RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
-           "conv_shortcut": "skip_connection"}  # fmt: skip
-_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks_0_0", "conv_out": "out_2", "time_embedding.linear_1": "time_embed_0",
-    "time_embedding.linear_2": "time_embed_2", "add_embedding.linear_1": "label_emb_0_0",
-    "add_embedding.linear_2": "label_emb_0_2",
-}  # fmt: skip
-_BLOCK = re.compile(
-    r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
-)
 _MODELS = {
     "xl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
     "v2": ("sd_v2", "stable-diffusion-v2-512/lora"),
     "v1": ("sd_v1", "stable-diffusion-v1/lora"),
 }
-
-
-class NotInKohyasLayout(LoraDpoError):
-    """The adapter has a layer that the layout has no name for, or its file is read as another adapter."""
 
 
 def save(
@@ -65,8 +48,8 @@ def save(
     for name, weight in state.items():
         module, part, _ = name.rsplit(".", 2)
         plain = sgm_name(module, config["layers_per_block"]) if xl else module.replace(".", "_")
-        named[f"lora_unet_{plain}.{_PARTS[part]}.weight"] = weight
-        named[f"lora_unet_{plain}.alpha"] = torch.tensor(float(alpha))
+        named[f"{PREFIX}{plain}.{PARTS[part]}.weight"] = weight
+        named[f"{PREFIX}{plain}.alpha"] = torch.tensor(float(alpha))
     version, architecture = _MODELS[kind]
     header = {
         "ss_network_module": "networks.lora",
@@ -81,40 +64,6 @@ def save(
         **metadata,
     }
     return write(named, path, header)
-
-
-def sgm_name(module: str, layers_per_block: int) -> str:
-    """The original network's name of a diffusers UNet's layer, with underscores, as kohya's SDXL files have it.
-
-    Args:
-        layers_per_block: of the UNet's configuration; a block of the original network is one of these layers.
-
-    Raises:
-        NotInKohyasLayout: a layer that it has no name for.
-    """
-    if module in _OUTSIDE_BLOCKS:
-        return _OUTSIDE_BLOCKS[module]
-    if (match := _BLOCK.fullmatch(module)) is None:
-        raise NotInKohyasLayout(f"kohya's layout has no name for {module}")
-    side, number, middle, kind, place, rest = match.groups()
-    layer, per_block = int(place), layers_per_block + 1
-    if middle:
-        block = f"middle_block_{2 * layer if kind == 'resnets' else 1}"
-    elif side == "down":
-        inner = 1 if kind == "attentions" else 0
-        index = int(number) * per_block + (per_block if kind == "downsamplers" else 1 + layer)
-        block = f"input_blocks_{index}_{inner}"
-    else:
-        # An upsampler follows its block's last ResNet and attention.
-        inner = {"resnets": 0, "attentions": 1, "upsamplers": 2}[kind]
-        block = (
-            f"output_blocks_{int(number) * per_block + (layers_per_block if kind == 'upsamplers' else layer)}_{inner}"
-        )
-    if kind == "resnets":
-        rest = _RESNET[rest]
-    elif kind == "downsamplers":
-        rest = "op"
-    return f"{block}_{rest.replace('.', '_')}"
 
 
 @torch.no_grad()

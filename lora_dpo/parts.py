@@ -6,16 +6,18 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from lora_dpo import __version__, cache, recipe_methods, tinyworld
+from lora_dpo import __version__, cache, recipe_methods, sources, tinyworld
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
 from lora_dpo.data import PreferenceSource
+from lora_dpo.data.framing import Framing
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
+from lora_dpo.file_digests import default_cache_dir
 from lora_dpo.methods import Method, losses, objectives
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
@@ -23,27 +25,28 @@ from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_checks import SINGLE_FILE
 from lora_dpo.recipe_sections import Base
 from lora_dpo.scorers import Scorer
+from lora_dpo.sources import Source
+from lora_dpo.start import start_from
 from lora_dpo.trackers import Trackers
 
 
-def identity(recipe: Recipe, family: Family) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, pairs: cache.CachedPairs, family: Family, start: dict[str, str] | None = None
+) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it share: the recipe where it matters, and the bytes behind.
 
-    All of it but the pairs that the data turn out to hold; no network is loaded.
+    Args:
+        start: `origin` of the adapter that training starts from.
     """
     values = recipe.model_dump(mode="json", include={"adapter", "method", "train"})
+    values["adapter"]["start"] = start["sha256"] if start is not None else None
     for key in recipes.FREE_KEYS:
         section, _, name = key.partition(".")
         values.get(section, {}).pop(name, None)
-    if recipes.resumes("train.steps", recipe):
-        del values["train"]["steps"]
-    made_of = family.fingerprint()
     return values | {
-        "data": source(recipe, recipe.data.split).fingerprint(),
         "caption_dropout": recipe.data.caption_dropout,
-        "denoiser": made_of["unet"],
-        "vae": made_of["vae"],
-        "text_encoders": made_of["text_encoders"],
+        "pairs": pairs.fingerprint,
+        "denoiser": family.fingerprint()["unet"],
         "dtype": recipe.base.dtype,
         "quantization": recipe.base.quantization,
         "prediction_type": family.schedule.prediction_type,
@@ -119,6 +122,63 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
             )
 
 
+def framing(recipe: Recipe) -> Framing:
+    data = recipe.data
+    return Framing(
+        data.resolution,
+        aspect=data.aspect,
+        bucket_step=data.bucket_step_pixels,
+        max_aspect=data.max_aspect,
+        crop=data.crop,
+        small_images=data.small_images,
+    )
+
+
+def start(recipe: Recipe) -> Source | None:
+    """The adapter that training starts from, if the recipe names one.
+
+    Raises:
+        UserError: it can't be read, or is no LoRA of a UNet.
+    """
+    return sources.open_source(Path(recipe.adapter.start)) if recipe.adapter.start is not None else None
+
+
+def adapters(recipe: Recipe, family: Family, start: Source | None, tell: Callable[[str], None]) -> Adapters:
+    """On the family's denoiser, from their random start or from `start`, which may be the reference then.
+
+    Raises:
+        UserError: targets that no layer has; a start that doesn't fit the recipe or the base.
+    """
+    chosen = recipe.adapter
+    begun = start.named_as_in(family) if start is not None else None
+    made = Adapters.attach(
+        family.denoiser,
+        seed=recipe.train.seed,
+        **chosen.model_dump(include={"rank", "alpha", "targets", "dropout", "rslora"}),
+    )
+    if begun is not None:
+        missing = start_from(made, begun.updates, begun.place)
+        tell(_begun(begun, len(made.layers), missing, family))
+        if reference(recipe) == "adapter":
+            made.keep_as_reference()
+    return made
+
+
+def _begun(start: Source, layers: int, missing: int, family: Family) -> str:
+    text = f"training starts from {start.place}"
+    if missing:
+        text += f"; {missing} of {layers} layers are not in it, and start as the base"
+    base = start.header.get("base_unet")
+    if base is not None and base != family.fingerprint()["unet"]:
+        text += "; it was trained on other weights than this base's"
+    return text
+
+
+def reference(recipe: Recipe) -> Literal["base", "adapter"]:
+    """What the policy is compared with; methods without a reference of their own are measured against the base."""
+    return recipe.method.reference if isinstance(recipe.method, recipe_methods.Compared) else "base"
+
+
 def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters) -> Method:
     chosen = recipe.method
     stream = PairStream(
@@ -192,7 +252,7 @@ def scorer(recipe: Recipe) -> Scorer | None:
 def cache_dir(recipe: Recipe) -> Path:
     if recipe.output.cache_dir is not None:
         return Path(recipe.output.cache_dir)
-    return recipes.default_cache_dir()
+    return default_cache_dir()
 
 
 def trackers(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) -> Trackers:
@@ -206,8 +266,9 @@ def trackers(recipe: Recipe, run_dir: Path, tell: Callable[[str], None]) -> Trac
     )
 
 
-def metadata(recipe: Recipe, family: Family) -> dict[str, str]:
-    return {
+def metadata(recipe: Recipe, family: Family, start: dict[str, str] | None = None) -> dict[str, str]:
+    begun = {"start_sha256": start["sha256"]} if start is not None else {}
+    return begun | {
         "lora_dpo_version": __version__,
         "base_model": recipe.base.model,
         "base_unet": family.fingerprint()["unet"],
@@ -215,5 +276,6 @@ def metadata(recipe: Recipe, family: Family) -> dict[str, str]:
         "rank": str(recipe.adapter.rank),
         "alpha": str(recipe.adapter.alpha),
         "rslora": str(recipe.adapter.rslora),
+        "reference": reference(recipe),
         "recipe": recipes.dump(recipe),
     }

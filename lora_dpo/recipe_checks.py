@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_dpo import buckets
 from lora_dpo.recipe_errors import shown
 from lora_dpo.recipe_toml import Key
 
@@ -60,6 +61,11 @@ class _View:
         except KeyError:
             raise _Unusable from None
 
+    def changed(self, dotted: str) -> bool:
+        """Whether a key with a default has another value."""
+        section, name = dotted.split(".")
+        return self[dotted] != self._default(section, name, None)
+
 
 def _micro_batch(view: _View) -> Found:
     batch, micro = view["train.batch_pairs"], view["train.micro_batch_pairs"]
@@ -107,6 +113,24 @@ def _scorer(view: _View) -> Found:
         )
 
 
+def _buckets(view: _View) -> Found:
+    step, aspect = view["data.bucket_step_pixels"], view["data.max_aspect"]
+    if view["data.aspect"] == "square":
+        for name in ("bucket_step_pixels", "max_aspect"):
+            if view.changed(f"data.{name}"):
+                yield ("data", name), 'it has no effect on squares: give aspect = "buckets", or leave it out'
+        return
+    resolution = view["data.resolution"]
+    if resolution % step:
+        yield ("data", "bucket_step_pixels"), f"got {step}, expected a divisor of data.resolution = {resolution}"
+    elif len(buckets.sizes(resolution, step, aspect)) == 1:
+        yield (
+            ("data", "aspect"),
+            f"in steps of {step} up to {aspect:g}:1 there is no bucket but the square of {resolution}: "
+            "give a smaller data.bucket_step_pixels or a larger data.max_aspect",
+        )
+
+
 def _data_exists(view: _View) -> Found:
     path = view["data.path"]
     if path != TINYWORLD and not Path(path).exists():
@@ -129,6 +153,17 @@ def _model_exists(view: _View) -> Found:
                 yield ("base", name), f"{value} doesn't exist"
         elif not Path(value).is_dir():
             yield ("base", name), f"{value} is neither a folder nor a hub id (owner/name)"
+
+
+def _start_exists(view: _View) -> Found:
+    path = view["adapter.start"]
+    if path is not None and not Path(path).exists():
+        yield ("adapter", "start"), f"{path} doesn't exist"
+
+
+def _reference(view: _View) -> Found:
+    if view["method.reference"] == "adapter" and view["adapter.start"] is None:
+        yield ("method", "reference"), 'got "adapter", but adapter.start names none'
 
 
 def _config_of_a_single_file(view: _View) -> Found:
@@ -177,7 +212,7 @@ def _held_out(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _timesteps, _labels, _min_snr, _splits, _columns, _scorer,
-    _data_exists, _prompts_exist, _model_exists, _config_of_a_single_file, _tinyworld_family, _optimizer, _spike,
-    _ema, _held_out,
+    _micro_batch, _timesteps, _labels, _min_snr, _splits, _columns, _scorer, _buckets,
+    _data_exists, _prompts_exist, _model_exists, _start_exists, _reference, _config_of_a_single_file,
+    _tinyworld_family, _optimizer, _spike, _ema, _held_out,
 )  # fmt: skip

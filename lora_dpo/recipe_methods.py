@@ -19,7 +19,15 @@ class Draws(Section):
     visits_per_pair: Positive | None = Field(default=None, description="bounds the distinct (t, ε) draws of a pair")
 
 
-class OfMargin(Draws):
+class Compared(Draws):
+    """What holds the policy against a frozen reference."""
+
+    reference: Literal["base", "adapter"] = Field(
+        default="base", description="what the policy stays near: the base, or the adapter that it starts from"
+    )
+
+
+class OfMargin(Compared):
     """What every loss of the margin u can have beside it."""
 
     beta: Above0 | Literal["auto"] = BETA
@@ -61,7 +69,7 @@ class Dmpo(OfMargin):
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(default=0.01, description="smoothing of its target")
 
 
-class Kto(Draws):
+class Kto(Compared):
     """Diffusion-KTO (Li et al. 2024): winners are desirable images, losers undesirable ones, each on its own."""
 
     kind: Literal["kto"]
@@ -78,7 +86,7 @@ class Mapo(Draws):
     odds_scale: Above0 = Field(default=0.5, description="s of φ(e) = s·e/(exp(s·e) − 1)")
 
 
-class Dspo(Draws):
+class Dspo(Compared):
     """DSPO (Zhu et al. 2025)."""
 
     kind: Literal["dspo"]

@@ -25,7 +25,18 @@ class Data(Section):
     heldout_fraction: Fraction = Field(
         default=0.05, description="share of prompts held out, where the source has no split"
     )
-    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = Field(description="pixels, height and width")
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] = Field(description="pixels; the side of the square")
+    aspect: Literal["square", "buckets"] = Field(
+        default="square", description="buckets: a pair gets the size that is nearest to its pictures' shape"
+    )
+    bucket_step_pixels: Annotated[int, Field(gt=0, multiple_of=8)] = Field(
+        default=64, description="buckets: sides are multiples of it"
+    )
+    max_aspect: Annotated[float, Field(ge=1)] = Field(default=2.0, description="buckets: long side over short side")
+    crop: Literal["center", "top"] = Field(default="center", description="the part of a picture that is kept")
+    small_images: Literal["enlarge", "drop"] = Field(
+        default="enlarge", description="pictures smaller than their size: enlarge them, or drop the pair"
+    )
     caption_dropout: Fraction = Field(default=0.0, description="share of draws trained with the empty prompt")
     limit: Positive | None = Field(default=None, description="use at most so many pairs")
 
@@ -60,6 +71,7 @@ class Adapter(Section):
     ) = Field(default="attention", description="a preset, or an array of module name endings and re:patterns")
     dropout: Fraction = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / √rank instead")
+    start: Text | None = Field(default=None, description="an adapter to start from: a run's folder, a folder or a file")
 
 
 class Train(Section):
@@ -160,5 +172,3 @@ FREE_KEYS = frozenset(
         "train.pair_pass",
     }
 )
-# Keys that name files; what a run is learned from is told by their content, wherever they lie.
-CONTENT_KEYS = frozenset({"data.path", "base.model", "base.revision", "base.vae", "base.config"})

@@ -7,70 +7,24 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from lora_dpo import atomic, checkpoint, export, kohya, parts, updates
-from lora_dpo.adapters import scale_of
+from lora_dpo import atomic, export, kohya, parts, updates
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import Family, uncropped
 from lora_dpo.families.files import quiet
 from lora_dpo.families.unet import DTYPES
 from lora_dpo.randomness import torch_generator
 from lora_dpo.recipe_sections import Base
-from lora_dpo.run_dir import ADAPTER, KOHYA, RECIPE, RESULT
+from lora_dpo.run_dir import KOHYA
+from lora_dpo.sources import Source, open_source
 from lora_dpo.updates import Updates
 
 PROBE = "re-export verification"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One adapter: its updates, where they are from, and the strings of its header."""
-
-    place: Path
-    updates: Updates
-    header: dict[str, str]
-
-
-def open_source(path: Path, step: int | None = None) -> Source:
-    """A run's folder (its finished adapter, or a checkpoint's), an adapter's folder or file.
-
-    Raises:
-        UserError: none of these, or `step` with anything but a run.
-    """
-    if (path / RECIPE).is_file():
-        return _of_run(path, step)
-    if step is not None:
-        raise UserError("--step is for run directories", where=path, hint="give the folder with recipe.toml in it")
-    file = path / export.FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            "neither a run directory nor an adapter", where=path, hint=f"an adapter is a file {export.FILE}"
-        )
-    found, header = updates.read(file)
-    return Source(file, found, header)
-
-
-def _of_run(run: Path, step: int | None) -> Source:
-    if step is None and (run / RESULT).is_file():
-        file = run / ADAPTER / export.FILE
-        found, header = updates.read(file)
-        return Source(file, found, header)
-    if step is None:
-        raise UserError(
-            "this run is not finished", where=run, hint="train it to its end, or choose a checkpoint with --step"
-        )
-    saved = checkpoint.at(run, step)
-    chosen = saved.identity["adapter"]
-    scale = scale_of(chosen["rank"], chosen["alpha"], chosen["rslora"])
-    recipe = (run / RECIPE).read_text("utf-8")
-    header = {"recipe": recipe, "step": str(step), "base_unet": str(saved.identity["denoiser"])}
-    return Source(saved.path, updates.from_state(saved.averaged() or saved.adapter(), scale), header)
 
 
 def base_of(sources: Sequence[Source], model: str | None, family: str | None, dtype: str | None) -> Base:
@@ -131,6 +85,7 @@ def run(
         chosen = chosen.model_copy(update={"quantization": "none"})  # into the weights, not into their codes
     where = parts.device(device)
     opened = parts.open_base(chosen, where)
+    sources = [source.named_as_in(opened) for source in sources]
     if merge:
         # The written folder has its own VAE and its own prediction type: nothing but the place is replaced.
         again = Base(family=chosen.family, model=str(out), dtype=chosen.dtype)

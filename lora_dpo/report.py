@@ -70,6 +70,7 @@ def model_card(
         "## Training data",
         _data(data_source, data_report, result.get("data", {})),
         "## Method",
+        *_start(result),
         _method(result, method, settings, sum_form_beta, resolution),
         *([f"![Training curves]({curves})"] if curves else []),
         "## Limitations and licence",
@@ -186,6 +187,17 @@ def _data(source: str, report: SourceReport, counted: Mapping[str, Any]) -> str:
     return f"{text} {cut_captions(cut, counted['captions'])}" if cut else text
 
 
+def _start(result: Mapping[str, Any]) -> Iterator[str]:
+    if start := result.get("start"):
+        near = (
+            "and stays near it: it is the reference of the objective and of the held-out pairs' margin, while win "
+            "rates compare with the base model"
+            if result.get("reference") == "adapter"
+            else "while its reference is the base model"
+        )
+        yield f"Training starts from an adapter (`{_name(start['path'])}`, SHA-256 `{start['sha256']}`) {near}."
+
+
 def _method(
     result: Mapping[str, Any],
     method: Mapping[str, Any],
@@ -203,7 +215,8 @@ def _method(
             rows[key.replace("_", " ")] = value
     rows |= {key.replace("_", " "): value for key, value in settings.items() if value is not None}
     if resolution is not None:
-        rows["resolution"] = f"{resolution} px"
+        count = len(result.get("buckets", ()))
+        rows["resolution"] = f"{resolution} px" + (f", {count} aspect-ratio buckets" if count > 1 else "")
     rows["time"] = f"{result['train_seconds']:,.0f} s of training on {result['device']}"
     phases = ", ".join(f"{phase} {gib:.2f}" for phase, gib in result.get("peak_memory_gib_of", {}).items())
     rows["peak memory"] = f"{result['peak_memory_gib']:.2f} GiB" + (f" ({phases})" if phases else "")

@@ -82,27 +82,31 @@ def to_state(updates: Updates, dtype: torch.dtype = torch.float32) -> dict[str, 
     return state
 
 
-def read(path: Path) -> tuple[Updates, dict[str, str]]:
-    """The updates in a file of diffusers' layout, and its header's strings.
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its header's strings.
 
     Raises:
-        UserError: no such file, no safetensors, another layout, DoRA, adapters of the text encoders.
+        UserError: no such file, or no safetensors.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = dict(file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         raise UserError("no such file", where=path) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't be read as safetensors ({error})", where=path) from None
-    try:
-        others = {key for key in state if not key.startswith(PREFIX)}
-        if others:
-            raise UserError(f"it holds more than a UNet's LoRA ({min(others)}, …)", hint=_what_else(others))
-        return from_state({key.removeprefix(PREFIX): t for key, t in state.items()}, _strength(header)), header
-    except UserError as error:
-        raise UserError(error.what, where=path, hint=error.hint) from None
+
+
+def of_unet(state: Mapping[str, Tensor], header: Mapping[str, str]) -> Updates:
+    """Of the tensors of a file in diffusers' layout.
+
+    Raises:
+        UserError: another layout, DoRA, adapters of the text encoders.
+    """
+    others = {key for key in state if not key.startswith(PREFIX)}
+    if others:
+        raise UserError(f"it holds more than a UNet's LoRA ({min(others)}, …)", hint=_what_else(others))
+    return from_state({key.removeprefix(PREFIX): t for key, t in state.items()}, _strength(header))
 
 
 def _strength(header: Mapping[str, str]) -> float:
@@ -119,8 +123,6 @@ def _strength(header: Mapping[str, str]) -> float:
 def _what_else(keys: set[str]) -> str | None:
     if any("magnitude" in key or "dora_scale" in key for key in keys):
         return "DoRA's magnitudes are no low-rank update: such a file can't be averaged, resized or merged here"
-    if any(key.startswith("lora_unet_") for key in keys):
-        return "this is kohya's layout: give the file in diffusers' layout, from the run's adapter/"
     return None
 
 

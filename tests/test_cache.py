@@ -14,7 +14,8 @@ from PIL import Image
 from lora_dpo.cache import fill
 from lora_dpo.cache_store import OPEN_SHARDS, Reader, Store
 from lora_dpo.data import Preference, PreferenceSource, SourceReport
-from lora_dpo.data.images import centre_square, decode, to_pixels
+from lora_dpo.data.framing import frame
+from lora_dpo.data.images import decode, to_pixels
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.families import NotFiniteError
@@ -79,7 +80,7 @@ def test_what_is_read_is_what_would_be_encoded(sdxl_path, pairs, tmp_path):
         assert cached.prompts[pair.prompt] == preference.prompt
         assert cached.prompt_index(index) == pair.prompt
         for moments, data in ((pair.winner, preference.winner), (pair.loser, preference.loser)):
-            square, _ = centre_square(decode(data, "here"), 32)
+            square, _ = frame(decode(data, "here"), (32, 32), "center")
             fresh = family.encode_images(to_pixels(square)[None])
             assert torch.equal(moments.mean, fresh.mean)
             assert torch.equal(moments.std, fresh.std)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_dpo.data import split_by_prompt
 from lora_dpo.data.folder import JsonlFolder
-from lora_dpo.data.images import centre_square, decode, to_pixels
+from lora_dpo.data.images import decode, to_pixels
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.errors import UserError
 from tests.support.models import png, save_random_pairs
@@ -136,21 +136,6 @@ def test_one_changed_byte_never_escapes_as_another_error(place, change, form):
     data[place % len(data)] ^= change
     with contextlib.suppress(UserError):
         assert decode(bytes(data), "damaged").mode == "RGB"
-
-
-@pytest.mark.parametrize(("size", "crop"), [((200, 100), (0, 32)), ((100, 200), (32, 0)), ((64, 64), (0, 0))])
-def test_the_centre_square_and_where_it_lies(size, crop):
-    image = Image.new("RGB", size, BLUE)
-    middle = (size[0] // 2, size[1] // 2)
-    image.paste(RED, (middle[0] - 20, middle[1] - 20, middle[0] + 20, middle[1] + 20))
-    square, placed = centre_square(image, 64)
-    assert square.size == (64, 64)
-    assert placed == crop
-    assert square.getpixel((32, 32)) == RED
-    assert square.getpixel((1, 1)) == BLUE
-    scaled = image.resize([round(side * 64 / min(size)) for side in size], Image.Resampling.BICUBIC)
-    expected = scaled.crop((placed[1], placed[0], placed[1] + 64, placed[0] + 64))
-    assert np.abs(np.asarray(expected, float) - np.asarray(square, float)).mean() < 1
 
 
 def test_pixels_are_channel_first_in_unit_range():

@@ -335,6 +335,8 @@ def test_the_pipeline_shares_the_denoiser_and_draws_the_stock_picture(family):
 def test_resolution_scale_and_channels_come_from_the_files(sdxl, sd):
     assert (sdxl.latent_scale, sdxl.resolution, sdxl.latent_channels) == (4, 64, 4)
     assert (sd.latent_scale, sd.resolution, sd.latent_channels) == (8, 64, 4)
+    for family in (sdxl, sd):
+        assert family.size_multiple == family.latent_scale * 2**family.denoiser.num_upsamplers
 
 
 # Loading

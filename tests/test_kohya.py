@@ -7,7 +7,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_dpo import export, kohya
+from lora_dpo import export, kohya, kohya_layout
 from lora_dpo.families.stable_diffusion import StableDiffusion
 from tests.support.training import World, attach, make_world
 
@@ -53,12 +53,12 @@ def sd_world(tmp_path_factory) -> World:
     ],
 )
 def test_sdxl_names(module, name):
-    assert kohya.sgm_name(module, layers_per_block=2) == name
+    assert kohya_layout.sgm_name(module, layers_per_block=2) == name
 
 
 def test_a_layer_without_a_name():
     with pytest.raises(kohya.NotInKohyasLayout, match=r"down_blocks\.0\.motion_modules"):
-        kohya.sgm_name("down_blocks.0.motion_modules.0.to_q", layers_per_block=2)
+        kohya_layout.sgm_name("down_blocks.0.motion_modules.0.to_q", layers_per_block=2)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,10 +20,12 @@ from lora_dpo.methods import losses, objectives
 from lora_dpo.methods.objectives import Objective, PairErrors
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recipe_errors import RecipeError
-from lora_dpo.recipe_toml import find, shipped_names
+from lora_dpo.recipe_toml import shipped_names
+from lora_dpo.tinyworld import preferences
 from tests.support.toy import Run
 from tests.support.training import World, attach, make_world, stream
 
+ROOT = Path(__file__).parents[1]
 BETA = 500.0
 ALL: dict[str, Objective] = {
     "dpo": objectives.Dpo(BETA),
@@ -308,7 +313,7 @@ def test_every_parameter_has_an_effect_on_the_gradient(kind, changes):
 def test_every_recipe_of_the_folder_builds_its_method(world, name):
     """With the objective that it is named after, and nothing but the method changed."""
     loaded = recipe.load(name)
-    assert {key.split(".")[0] for key in recipe.differences(find(QUICK), loaded)} <= {"method", "train"}
+    assert {key.split(".")[0] for key in recipe.differences(recipe.load(QUICK), loaded)} <= {"method", "train"}
     family = world.family()
     pairs = world.pairs(family)
     method = parts.method(loaded, pairs, family, attach(family, moved=0.1))
@@ -318,6 +323,46 @@ def test_every_recipe_of_the_folder_builds_its_method(world, name):
 
 def test_every_kind_has_a_recipe_in_the_folder():
     assert {recipe.load(name).method.kind for name in SHIPPED} == set(recipe_methods.METHODS)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_of_objectives", ROOT / "benchmarks" / "objectives.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_the_benchmark_tries_equally_many_settings_of_every_recipe(benchmark, tmp_path):
+    assert {f"objectives/{name}" for name in benchmark.GRID} == set(SHIPPED)
+    assert {len(settings) for settings in benchmark.GRID.values()} == {3}
+    plan = benchmark.Plan(tmp_path, 2, 4, 8, 8, 10, 0)
+    for name, settings in benchmark.GRID.items():
+        made = [plan.recipe(name, setting) for setting in settings]
+        assert len({(one.method, one.train) for one in made}) == 3
+    tuning = benchmark.tuning_prompts(20)
+    assert len(set(tuning)) == 20
+    assert not set(tuning) & set(preferences.prompts(preferences.Plan()))
+
+
+def test_the_benchmarks_table_goes_between_its_marks(benchmark, tmp_path):
+    interval = {"difference": 0.1, "ci95": [0.05, 0.15]}
+    row = {"name": "ipo", "chosen": {"method.beta": "500"}, "win_rate": [0.7, 0.6, 0.8], "norm": 0.02}
+    row |= {"score": interval, "strict": interval, "aesthetic": interval, "prediction_shift": 0.001, "ref_error": 0.1}
+    row |= {"winner_rise": -0.001, "loser_rise": 0.002}
+    text = benchmark.table([row])
+    assert "| ipo | beta 500 | +0.100 [+0.050, +0.150] |" in text
+    assert text.splitlines()[-1].endswith("| 1.00% | 2.00% | -1.00% | +2.00% |")
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+    document = tmp_path / "objectives.md"
+    document.write_text((ROOT / "docs" / "objectives.md").read_text("utf-8"), "utf-8")
+    for _ in range(2):
+        benchmark.put_into(document, text)
+    assert document.read_text("utf-8").count("| ipo | beta 500 |") == 1
 
 
 def test_timestep_weights_of_a_recipe_have_mean_one_over_its_range(world):

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from lora_dpo import build, cli, export, recipe, reexport, updates
+from lora_dpo import build, cli, export, recipe, reexport, sources, updates
 from lora_dpo.errors import UserError
 from tests.support.models import save_random_pairs, save_random_sd, save_random_sdxl
 from tests.test_end_to_end import RECIPE
@@ -54,8 +54,9 @@ def stock(run: Path, lora: Path | None = None, base: Path | None = None):
 def test_resized_it_states_what_is_lost(run, tmp_path, capsys):
     assert command("export", run, "--rank", "2", "--out", tmp_path / "two", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    whole, _ = updates.read(run / "adapter" / export.FILE)
-    found, header = updates.read(tmp_path / "two" / export.FILE)
+    whole = sources.open_source(run / "adapter").updates
+    two = sources.open_source(tmp_path / "two")
+    found, header = two.updates, two.header
     assert {update.rank for update in found.values()} == {2}
     lost = sum((found[m].dense() - whole[m].dense()).square().sum().item() for m in whole)
     total = sum(update.dense().square().sum().item() for update in whole.values())
@@ -109,7 +110,7 @@ def test_the_mean_of_two(run, tmp_path):
     weights = ["--weight", "0.25", "--weight", "0.75"]
     assert command("export", tmp_path / "early", run, *weights, "--rank", "8", "--out", tmp_path / "mean") == 0
     early, final, mean = (
-        updates.read(path / export.FILE)[0] for path in (tmp_path / "early", run / "adapter", tmp_path / "mean")
+        sources.open_source(path).updates for path in (tmp_path / "early", run / "adapter", tmp_path / "mean")
     )
     for module, update in mean.items():
         expected = 0.25 * early[module].dense() + 0.75 * final[module].dense()
@@ -173,8 +174,8 @@ def test_a_failed_verification_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_adapters_of_two_bases():
-    def source(unet: str) -> reexport.Source:
-        return reexport.Source(Path(unet), {}, {"base_unet": unet})
+    def source(unet: str) -> sources.Source:
+        return sources.Source(Path(unet), {}, {"base_unet": unet})
 
     with pytest.raises(UserError, match="different base models"):
         reexport.base_of([source("a"), source("b")], None, None, None)

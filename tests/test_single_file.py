@@ -250,6 +250,8 @@ def test_without_a_folder_the_settings_are_the_originals(name, parameters, texts
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
     assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
     assert files.config("vae")["scaling_factor"] == (0.13025 if name == "sdxl" else 0.18215)
+    family = (SDXL if name == "sdxl" else StableDiffusion)(bases[name][1], prediction_type=PREDICTIONS.get(name))
+    assert family.size_multiple == 8 * 2**unet.num_upsamplers == (32 if name == "sdxl" else 64)
 
 
 def test_clips_tokenizer_is_here():

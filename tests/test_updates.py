@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_dpo import updates
+from lora_dpo import sources, updates
 from lora_dpo.errors import UserError
 from lora_dpo.updates import Update
 
@@ -111,9 +111,9 @@ def test_a_file_and_back(tmp_path, kernel):
     update = random_update(3, kernel=kernel)
     state = {f"unet.{key}": tensor for key, tensor in updates.to_state({"a.b": update}).items()}
     save_file(state, tmp_path / "x.safetensors", metadata={"base_unet": "abc"})
-    found, header = updates.read(tmp_path / "x.safetensors")
-    assert header == {"base_unet": "abc"}
-    torch.testing.assert_close(found["a.b"].dense(), update.dense(), rtol=1e-5, atol=1e-5)
+    found = sources.open_source(tmp_path / "x.safetensors")
+    assert found.header == {"base_unet": "abc"}
+    torch.testing.assert_close(found.updates["a.b"].dense(), update.dense(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
@@ -122,7 +122,7 @@ def test_the_strength_that_diffusers_writes_into_the_header(tmp_path, rslora, sc
     state = {f"unet.{key}": tensor for key, tensor in updates.to_state({"a": update}).items()}
     stated = {"unet.r": 4, "unet.lora_alpha": 16, "unet.use_rslora": rslora, "unet.alpha_pattern": {}}
     save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": json.dumps(stated)})
-    found, _ = updates.read(tmp_path / "x.safetensors")
+    found = sources.open_source(tmp_path / "x.safetensors").updates
     torch.testing.assert_close(found["a"].dense(), scale * update.dense(), rtol=1e-5, atol=1e-5)
 
 
@@ -132,20 +132,19 @@ def test_the_strength_that_diffusers_writes_into_the_header(tmp_path, rslora, sc
         (["unet.a.lora_A.weight"], "lora_A and no lora_B"),
         (["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"], "DoRA"),
         (["text_encoder.a.lora_A.weight"], "more than a UNet's"),
-        (["lora_unet_a.lora_down.weight"], "kohya's layout"),
         (["unet.a.weight"], "aren't plain LoRA"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, keys, message):
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=message) as caught:
-        updates.read(tmp_path / "x.safetensors")
+        sources.open_source(tmp_path / "x.safetensors")
     assert "x.safetensors" in str(caught.value)
 
 
 def test_files_that_can_not_be_read(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        updates.read(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="neither a run directory nor an adapter"):
+        sources.open_source(tmp_path / "absent.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="can't be read as safetensors"):
-        updates.read(tmp_path / "text.safetensors")
+        sources.open_source(tmp_path / "text.safetensors")

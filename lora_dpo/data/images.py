@@ -1,4 +1,4 @@
-"""Encoded pictures to RGB, and the square that training sees of them.
+"""Encoded pictures to RGB.
 
 Policy: rotated as EXIF says; grey, CMYK, palette and 16-bit pictures become 8-bit RGB; transparent ones lie on white;
 colour profiles are not applied. Refused with a UserError: truncated or unknown files, animations, pictures of more
@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lora_dpo.errors import UserError
@@ -22,6 +23,7 @@ from lora_dpo.errors import UserError
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 MAX_PIXELS = 100_000_000
+_TURNING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _PILLOWS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -66,22 +68,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre_square(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The middle of the picture at `resolution`×`resolution`, and where it lies.
-
-    The short side is scaled to `resolution` (bicubic, antialiased) and the long side is cropped, in one resampling,
-    so that an extremely long picture is never enlarged as a whole.
-
-    Returns:
-        the square, and (top, left) of the crop in pixels of the scaled picture, as SDXL's conditioning wants it
-        [SDXL, sec. 2.2].
-    """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    square = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    scale = resolution / side
-    return square, (round(top * scale), round(left * scale))
+def upright_size(data: bytes, where: str) -> tuple[int, int]:
+    """(height, width) of `decode`'s picture, decoding no more than has to be."""
+    with suppress(Exception):  # `decode` says what is wrong, if something is.
+        _silence_pillow()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # A PNG may say behind its pixels how it is to be turned. Pillow then decodes all of it to find out.
+            unturned = image.format == "PNG" and not any(mark in data for mark in _TURNING)
+            if unturned or image.format in ("JPEG", "MPO", "WEBP"):
+                width, height = image.size
+                turned = not unturned and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return (width, height) if turned else (height, width)
+    picture = decode(data, where)
+    return picture.height, picture.width
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 H W"]:

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from lora_dpo.data import Preference, PreferenceSource, SourceReport, split_by_prompt
 from lora_dpo.data.images import decode
 from lora_dpo.errors import UserError
+from lora_dpo.file_digests import file_digests
 
 # Pillow decodes without Python's lock. Rows in flight are held with both their pictures decoded, 3 MB each at 1024².
 DECODERS = min(8, os.cpu_count() or 1)
@@ -153,19 +153,7 @@ class ScreenedSource(PreferenceSource):
 def content_digest(files: Mapping[str, Path], *settings: object) -> str:
     """A digest of names, every byte of the files, and what is selected from them."""
     digest = hashlib.blake2b(repr(settings).encode("utf-8", "surrogatepass"), digest_size=16)
-    for name, path in files.items():
+    for name, content in zip(files, file_digests(list(files.values())), strict=True):
         digest.update(f"\x1e{name}\x1f".encode("utf-8", "surrogatepass"))
-        about = path.stat()
-        # A run asks some times for the same files; small ones may change within the clock's resolution.
-        of_file = _large_file_digest if about.st_size >= _LARGE else _file_digest
-        digest.update(of_file(path, about.st_size, about.st_mtime_ns))
+        digest.update(content)
     return digest.hexdigest()
-
-
-def _file_digest(path: Path, size: int, changed: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-
-
-_LARGE = 64 << 20
-_large_file_digest = lru_cache(maxsize=4096)(_file_digest)

@@ -82,7 +82,7 @@ def held_out(
 
     Args:
         draws: per pair; each costs four passes of the denoiser.
-        batch: pairs per pass.
+        batch: pairs per pass, all of one size.
         limit: use at most so many pairs, the first by content key (a fixed, arbitrary subset).
         timestep_range: as in training, [low, high); None: all of the schedule's.
         progress: a job of pairs × draws units.
@@ -99,15 +99,16 @@ def held_out(
     if draws < 1 or batch < 1 or (limit is not None and limit < 1):
         raise UserError(f"draws, batch and limit have to be at least 1, got {draws}, {batch} and {limit}")
     chosen = sorted(range(len(pairs)), key=lambda index: pairs.keys[index])[:limit]
+    chosen.sort(key=pairs.size)
     if progress is not None:
         progress.start(len(chosen) * draws, "held-out pairs")
     # rows: error_winner, error_loser, ref_error_winner, ref_error_loser
     errors = torch.zeros(4, draws, len(chosen), dtype=torch.float32)
     try:
-        for start in range(0, len(chosen), batch):
-            part = chosen[start : start + batch]
+        for places in pairs.runs(chosen, batch):
+            part = chosen[places]
             for draw in range(draws):
-                errors[:, draw, start : start + len(part)] = _errors(
+                errors[:, draw, places] = _errors(
                     family, adapters, pairs, part, draw, draws, (low, high), seed, error_space
                 )
                 if progress is not None:

@@ -58,6 +58,7 @@ class Family(ABC):
         name: as in the recipe's `family =`.
         schedule: of the noise, on `device`.
         latent_scale: pixels per latent cell, along each side.
+        size_multiple: pixels; the denoiser halves sides that are multiples of it evenly, down to its middle.
         latent_channels: of x_t.
         resolution: pixels of the square that the model was made for.
         dtype: of the denoiser's weights and of the conditioning; the VAE stays in float32.
@@ -68,6 +69,7 @@ class Family(ABC):
     device: torch.device
     dtype: torch.dtype
     latent_scale: int
+    size_multiple: int
     latent_channels: int
     resolution: int
 

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lora_dpo.errors import UserError
+from lora_dpo.file_digests import file_digest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A transformers model and a diffusers model call their weights differently; "fp16" is diffusers' variant.
@@ -127,8 +128,7 @@ def add_folder(digest: hashlib.blake2b, component: str, folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file in loaded or file.suffix in (".json", ".txt"):
             digest.update(f"\x1e{component}/{file.name}\x1f".encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).digest())
+            digest.update(file_digest(file))
 
 
 def config_file(component: str) -> str:

@@ -22,6 +22,8 @@ from lora_dpo.families.schedule import Schedule
 from lora_dpo.families.single_file import SUFFIX, SingleFile
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+# The default of diffusers, whose configurations leave out what is SD 1.x's.
+DOWN_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,6 +76,8 @@ class UNetFamily(Family):
                 "inpainting, depth and other image-conditioned models can't be trained on preferences",
             )
         self.latent_scale = 2 ** (len(self._vae_config.get("block_out_channels", (64,))) - 1)
+        halvings = len(unet.get("down_block_types", DOWN_BLOCKS)) - 1  # every block but the last ends in one
+        self.size_multiple = self.latent_scale * 2**halvings
         self.resolution = int(unet.get("sample_size") or 64) * self.latent_scale
         self.schedule = Schedule(self.folder.config("scheduler"), device=self.device, where=self.folder.path)
         self._unet: UNet2DConditionModel | None = None

@@ -24,7 +24,7 @@ _WITH_GRADIENT = ("", "shift_")
 
 @final
 class PairMethod(Method):
-    """An objective on a stream of pairs, with the base model (adapters off) as the reference.
+    """An objective on a stream of pairs; its reference is `Adapters.reference`.
 
     Args:
         error_space: what an error means for v-prediction; see `denoising.errors`.

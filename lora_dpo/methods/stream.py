@@ -2,7 +2,8 @@
 
 Epochs are permutations keyed by their number, so the pairs of step s follow from s alone. A pair's n-th visit has its
 own timestep, noise, VAE posterior sample and prompt dropout, keyed by the pair's content: they don't depend on the
-batch, on the other pairs, or on the method, so that runs are compared on common random numbers.
+batch, on the other pairs, or on the method, so that runs are compared on common random numbers. Nor does a pair's
+bucket decide when it comes: only within its step do the pairs lie side by side by size.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class StepBatch:
 
     Attributes:
         step: 0-based.
-        indices, visits: which pairs, and which of a pair's draws.
+        indices, visits: which pairs, and which of a pair's draws; pairs of one size are neighbours.
     """
 
     stream: PairStream
@@ -159,10 +160,8 @@ class StepBatch:
         ]
 
     def parts(self, micro_batch_pairs: int | None = None) -> Iterator[Part]:
-        """In order, `micro_batch_pairs` at a time (None: all at once); the last may be smaller."""
-        size = micro_batch_pairs or len(self)
-        for start in range(0, len(self), size):
-            chosen = slice(start, start + size)
+        """In order, pairs of one size, `micro_batch_pairs` at a time (None: all of them); some may be smaller."""
+        for chosen in self.stream.pairs.runs(self.indices, micro_batch_pairs or len(self)):
             yield self.stream.part(self.indices[chosen], self.visits[chosen], batch_pairs=self.stream.batch_pairs)
 
     def only(self, chosen: slice) -> StepBatch:
@@ -219,15 +218,17 @@ class PairStream:
 
     def batch(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, whatever came before."""
-        indices, visits = [], []
+        drawn = []
         for position in range(step * self.batch_pairs, (step + 1) * self.batch_pairs):
             epoch, place = divmod(position, len(self.pairs))
-            indices.append(int(self._order(epoch)[place]))
-            visits.append(epoch % self.visits_per_pair if self.visits_per_pair else epoch)
-        return StepBatch(self, step, indices, visits)
+            visit = epoch % self.visits_per_pair if self.visits_per_pair else epoch
+            drawn.append((int(self._order(epoch)[place]), visit))
+        drawn.sort(key=lambda place: self.pairs.size(place[0]))  # stable
+        indices, visits = zip(*drawn, strict=True)
+        return StepBatch(self, step, list(indices), list(visits))
 
     def part(self, indices: Sequence[int], visits: Sequence[int], *, batch_pairs: int) -> Part:
-        """The draws of the given visits, and the latents and conditioning they belong to."""
+        """The draws of the given visits, all of one size, and the latents and conditioning they belong to."""
         keys = [self.pairs.keys[index] for index in indices]
         pairs = [self.pairs.pair(index) for index in indices]
         places = list(zip(keys, visits, strict=True))

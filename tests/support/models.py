@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -142,18 +143,35 @@ def save_random_sd(path: Path | str, *, prediction_type: str = "epsilon", versio
     return Path(path)
 
 
-def png(rng: np.random.Generator, size: int) -> bytes:
-    """One picture: a coloured disc on a coloured ground."""
+def png(rng: np.random.Generator, size: int | tuple[int, int]) -> bytes:
+    """One picture of (height, width): a coloured disc on a coloured ground."""
+    height, width = (size, size) if isinstance(size, int) else size
     ground, ink = rng.integers(0, 256, (2, 3))
-    y, x = np.mgrid[:size, :size]
-    disc = (y - rng.uniform(0.3, 0.7) * size) ** 2 + (x - rng.uniform(0.3, 0.7) * size) ** 2 < (0.25 * size) ** 2
+    y, x = np.mgrid[:height, :width]
+    distance = (y - rng.uniform(0.3, 0.7) * height) ** 2 + (x - rng.uniform(0.3, 0.7) * width) ** 2
     buffer = io.BytesIO()
+    disc = distance < (0.25 * min(height, width)) ** 2
     Image.fromarray(np.where(disc[..., None], ink, ground).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def save_random_pairs(path: Path | str, n: int, *, size: int = 64, seed: int = 0, ties: int = 0) -> Path:
-    """`n` rows in Pick-a-Pic's columns, `ties` of them undecided; about two rows share a caption."""
+Shape = tuple[int, int]
+
+
+def save_random_pairs(
+    path: Path | str,
+    n: int,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    ties: int = 0,
+    shapes: Sequence[tuple[Shape, Shape]] | None = None,
+) -> Path:
+    """`n` rows in Pick-a-Pic's columns, `ties` of them undecided; about two rows share a caption.
+
+    Args:
+        shapes: (height, width) of the rows' two pictures, over and over, in place of squares.
+    """
     rng = np.random.default_rng(seed)
     undecided = set(rng.permutation(n)[:ties].tolist())
     nouns, colours = ("circle", "square", "star", "ring"), ("red", "blue", "green", "pink", "grey")
@@ -161,10 +179,11 @@ def save_random_pairs(path: Path | str, n: int, *, size: int = 64, seed: int = 0
     for index in range(n):
         caption = f"a {colours[index // 2 % 5]} {nouns[index // 10 % 4]} no {index // 2}"
         label_0 = 0.5 if index in undecided else float(rng.integers(0, 2))
+        one, other = shapes[index % len(shapes)] if shapes else (size, size)
         rows.append(
             {
-                "jpg_0": png(rng, size),
-                "jpg_1": png(rng, size),
+                "jpg_0": png(rng, one),
+                "jpg_1": png(rng, other),
                 "label_0": label_0,
                 "label_1": 1.0 - label_0,
                 "caption": caption,

@@ -23,7 +23,7 @@ SIZE = 4 * 12 * 12
 
 class ToyFamily(Family):
     name = "toy"
-    latent_scale, latent_channels, resolution = 8, 4, 96
+    latent_scale, size_multiple, latent_channels, resolution = 8, 8, 4, 96
 
     def __init__(self) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -68,6 +68,9 @@ class ToyPairs(CachedPairs):
 
     def prompt_index(self, index):
         return index
+
+    def size(self, index):
+        return 96, 96
 
     def conditioning(self, prompt_indices):
         return {"prompt": torch.tensor([0.01 * index for index in prompt_indices])}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lora_dpo.adapters import Adapters
 from lora_dpo.cache import CachedPairs, fill
+from lora_dpo.data.framing import Framing
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.families import Family
 from lora_dpo.families.sdxl import SDXL
@@ -27,18 +28,41 @@ class World:
     base: Path
     data: Path
     cache: Path
+    framing: Framing | int = 64
 
     def family(self) -> Family:
         return self.kind(self.base)
 
     def pairs(self, family: Family) -> CachedPairs:
-        return fill(PickAPicParquet(self.data), family, self.cache, resolution=64)
+        return fill(PickAPicParquet(self.data), family, self.cache, self.framing)
 
 
 def make_world(directory: Path, kind: type[SDXL] | type[StableDiffusion] = SDXL, **options: str) -> World:
     save = save_random_sdxl if kind is SDXL else save_random_sd
     base = save(directory / "base", **options)
     return World(kind, base, save_random_pairs(directory / "pairs.parquet", PAIRS), directory / "cache")
+
+
+# The small SDXL takes half the step of the small Stable Diffusion.
+BUCKETS = Framing(32, aspect="buckets", bucket_step=8)
+SQUARE, TALL, WIDE = (32, 32), (40, 24), (24, 40)
+# (height, width) of pairs' pictures, and the bucket that they share; twice as large for Stable Diffusion.
+SHAPES = [
+    ((64, 64), (70, 70)),
+    ((50, 90), (60, 100)),
+    ((100, 60), (90, 54)),
+    ((64, 64), (96, 40)),
+    ((60, 100), (64, 64)),
+]
+SHARED = [SQUARE, WIDE, TALL, TALL, SQUARE]
+
+
+def make_mixed_world(directory: Path, kind: type[SDXL] | type[StableDiffusion] = SDXL, **options: str) -> World:
+    """As `make_world`, with pictures of several shapes in buckets."""
+    world = make_world(directory, kind, **options)
+    data = save_random_pairs(directory / "mixed.parquet", PAIRS, shapes=SHAPES)
+    framing = BUCKETS if kind is SDXL else replace(BUCKETS, resolution=64, bucket_step=16)
+    return replace(world, data=data, framing=framing)
 
 
 def attach(family: Family, *, seed: int = 0, moved: float = 0.0, **options) -> Adapters:

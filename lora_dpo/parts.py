@@ -190,6 +190,7 @@ def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: A
         caption_dropout=recipe.data.caption_dropout,
         timestep_range=chosen.timestep_range,
         independent_images=isinstance(chosen, recipe_methods.Kto),
+        timestep_sampling=chosen.timestep_sampling,
     )
     weights = _timestep_weights(chosen, family) if isinstance(chosen, recipe_methods.OfMargin) else None
     made = objective(chosen, family.schedule.num_timesteps)

@@ -16,6 +16,9 @@ class Draws(Section):
     timestep_range: Annotated[tuple[Count, Positive], Field(strict=False)] | None = Field(
         default=None, description="[low, high]: timesteps are uniform in low … high − 1; default: all"
     )
+    timestep_sampling: Literal["uniform", "stratified"] = Field(
+        default="uniform", description="stratified: the timesteps of a step's pairs are spread evenly over the range"
+    )
     visits_per_pair: Positive | None = Field(default=None, description="bounds the distinct (t, ε) draws of a pair")
 
 

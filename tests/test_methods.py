@@ -119,7 +119,7 @@ def test_visits_per_pair_bounds_the_draws(pairs, family):
 def test_timesteps_are_uniform_over_the_range(pairs, family):
     def timesteps(**options) -> np.ndarray:
         drawn = stream(pairs, family, **options)
-        return np.array([drawn.timestep(key, visit) for key in pairs.keys for visit in range(200)])
+        return np.array([drawn.timestep(index, visit) for index in range(PAIRS) for visit in range(200)])
 
     everything = timesteps()
     counts, _ = np.histogram(everything, bins=10, range=(0, 1000))
@@ -127,6 +127,47 @@ def test_timesteps_are_uniform_over_the_range(pairs, family):
     assert ((counts - 200) ** 2 / 200).sum() < 27.9
     some = timesteps(timestep_range=(100, 103))
     assert set(some.tolist()) == {100, 101, 102}
+
+
+def test_stratified_timesteps_are_spread_over_a_step(pairs, family):
+    """One pair in each of the step's equal parts of the range, in steps that cross epochs too."""
+    spread = stream(pairs, family, timestep_sampling="stratified", timestep_range=(100, 900))
+    for step in range(7):
+        t = np.array([t for part in spread.batch(step).parts(3) for t in part.t.tolist()])
+        assert sorted((t - 100) // 100) == list(range(8))
+    alone = spread.batch(3)
+    assert alone.only(slice(2, 3)).describe()[0]["timestep"] == int(next(alone.parts()).t[2])
+    assert spread.draws != stream(pairs, family, timestep_range=(100, 900)).draws
+    assert spread.draws != stream(pairs, family, batch_pairs=4, timestep_sampling="stratified").draws
+
+
+def test_stratified_timesteps_are_uniform_for_every_pair(pairs, family):
+    drawn = stream(pairs, family, timestep_sampling="stratified")
+    t = np.array([[drawn.timestep(index, visit) for visit in range(200)] for index in range(PAIRS)])
+    counts = np.stack([np.histogram(row, bins=5, range=(0, 1000))[0] for row in t])
+    # 10 pairs with 4 degrees of freedom each: χ² with 40 is below 73.4 with probability .999.
+    assert ((counts - 40) ** 2 / 40).sum() < 73.4
+
+
+def test_stratified_draws_of_bounded_visits_are_those_of_the_visit(pairs, family):
+    """What is stored of a pair's visit stays what it is in later epochs."""
+    bounded = stream(pairs, family, timestep_sampling="stratified", visits_per_pair=2)
+    seen: dict[tuple[str, int], int] = {}
+    for step in range(12):
+        for part in bounded.batch(step).parts():
+            for key, visit, t in zip(part.keys, part.visits, part.t.tolist(), strict=True):
+                assert seen.setdefault((key, visit), t) == t
+    assert len(seen) == 2 * PAIRS
+
+
+def test_strata_of_independent_images_are_independent(pairs, family):
+    both = stream(pairs, family, timestep_sampling="stratified", independent_images=True)
+    places = [
+        (part.t.numpy() // 125, part.t_loser.numpy() // 125) for step in range(40) for part in both.batch(step).parts()
+    ]
+    assert all(sorted(side) == list(range(8)) for pair in places for side in pair)
+    winners, losers = (np.concatenate(side) for side in zip(*places, strict=True))
+    assert abs(np.corrcoef(winners, losers)[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize("wrong", [(0, 1001), (5, 5), (-1, 10)])

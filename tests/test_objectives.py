@@ -21,7 +21,6 @@ from lora_dpo.methods.objectives import Objective, PairErrors
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recipe_errors import RecipeError
 from lora_dpo.recipe_toml import shipped_names
-from lora_dpo.tinyworld import preferences
 from tests.support.toy import Run
 from tests.support.training import World, attach, make_world, stream
 
@@ -344,9 +343,14 @@ def test_the_benchmark_tries_equally_many_settings_of_every_recipe(benchmark, tm
     for name, settings in benchmark.GRID.items():
         made = [plan.recipe(name, setting) for setting in settings]
         assert len({(one.method, one.train) for one in made}) == 3
-    tuning = benchmark.tuning_prompts(20)
-    assert len(set(tuning)) == 20
-    assert not set(tuning) & set(preferences.prompts(preferences.Plan()))
+
+
+def test_the_benchmarks_tuning_prompts_are_in_no_split(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark.preferences, "prompts", lambda plan: [])
+    first = benchmark.tuning_prompts(20)
+    assert len(set(first)) == 20
+    monkeypatch.setattr(benchmark.preferences, "prompts", lambda plan: first[3:5])
+    assert benchmark.tuning_prompts(18) == [*first[:3], *first[5:]]
 
 
 def test_the_benchmarks_table_goes_between_its_marks(benchmark, tmp_path):

@@ -196,7 +196,12 @@ def test_bad_extends(write, extends: str, message: str) -> None:
 def test_another_kind_drops_what_only_the_old_one_has_and_nothing_else(write) -> None:
     path = write(GOOD + "timestep_range = [100, 900]\n")
     loaded = recipe.load(str(path), ["method.kind=sft"])
-    assert loaded.method.model_dump() == {"kind": "sft", "timestep_range": (100, 900), "visits_per_pair": None}
+    assert loaded.method.model_dump() == {
+        "kind": "sft",
+        "timestep_range": (100, 900),
+        "timestep_sampling": "uniform",
+        "visits_per_pair": None,
+    }
     assert "method.beta" in problems_of(path, "method.kind=sft", "method.beta=3")
 
 

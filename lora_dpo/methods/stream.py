@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ POSTERIOR_WINNER = "VAE posterior of the winner"
 POSTERIOR_LOSER = "VAE posterior of the loser"
 CAPTION_DROPOUT = "caption dropout"
 ADAPTER_DROPOUT = "adapter dropout"
+STRATA_LOSER = "strata of the losers"
 EMPTY_PROMPT = -1
+TimestepSampling = Literal["uniform", "stratified"]
 
 
 Side = Literal["winner", "loser"]
@@ -154,7 +156,7 @@ class StepBatch:
                 "prompt": pairs.prompts[pairs.prompt_index(index)],
                 "seed": stream.seed,
                 "visit": visit,
-                **{name: stream.timestep(pairs.keys[index], visit, loser=loser) for name, loser in sides.items()},
+                **{name: stream.timestep(index, visit, loser=loser) for name, loser in sides.items()},
             }
             for index, visit in zip(self.indices, self.visits, strict=True)
         ]
@@ -179,6 +181,12 @@ class PairStream:
         caption_dropout: share of visits trained with the empty prompt.
         timestep_range: timesteps are uniform in low … high − 1; None: all of the schedule's.
         independent_images: winner and loser have a timestep and noise each, as images that were never a pair have.
+        timestep_sampling: "uniform": each pair's timestep on its own. "stratified": the pairs of a step are spread over
+            as many equal parts of the range, one in each. Every pair's timestep is uniform still, and the mean over a
+            step varies less.
+
+    Attributes:
+        draws: what a pair's draws follow from, beside its key and its visit.
 
     Raises:
         UserError: no pairs, or a range outside the schedule.
@@ -195,6 +203,7 @@ class PairStream:
         caption_dropout: float = 0.0,
         timestep_range: tuple[int, int] | None = None,
         independent_images: bool = False,
+        timestep_sampling: TimestepSampling = "uniform",
     ) -> None:
         if len(pairs) == 0:
             raise UserError("there are no pairs to train on", where="data", hint="see which rows were dropped, and why")
@@ -206,9 +215,19 @@ class PairStream:
             )
         self.pairs, self.family, self.seed, self.batch_pairs = pairs, family, seed, batch_pairs
         self.visits_per_pair, self.caption_dropout, self.timestep_range = visits_per_pair, caption_dropout, (low, high)
-        self.independent_images = independent_images
+        self.independent_images, self.timestep_sampling = independent_images, timestep_sampling
+        self.draws: dict[str, Any] = {
+            "seed": seed,
+            "caption_dropout": caption_dropout,
+            "timestep_range": (low, high),
+            "independent_images": independent_images,
+            "timestep_sampling": timestep_sampling,
+        }
+        if timestep_sampling == "stratified":
+            self.draws |= {"batch_pairs": batch_pairs, "pairs": len(pairs)}
         # A step of an ordinary run touches one or two epochs; a step of more pairs than there are touches each once.
         self._order = lru_cache(maxsize=2)(self._permutation)
+        self._places = lru_cache(maxsize=2)(lambda epoch: np.argsort(self._order(epoch)))
 
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         step = start_step
@@ -240,11 +259,12 @@ class PairStream:
         ]
         conditioning = {name: value.to(device) for name, value in self.pairs.conditioning(prompts).items()}
         noise = self._normal(NOISE, places, like)
-        t = torch.tensor([self.timestep(*place) for place in places], device=device)
+        drawn = list(zip(indices, visits, strict=True))
+        t = torch.tensor([self.timestep(*one) for one in drawn], device=device)
         noise_loser, t_loser = noise, t
         if self.independent_images:
             noise_loser = self._normal(NOISE_LOSER, places, like)
-            t_loser = torch.tensor([self.timestep(*place, loser=True) for place in places], device=device)
+            t_loser = torch.tensor([self.timestep(*one, loser=True) for one in drawn], device=device)
         return Part(
             keys=keys,
             visits=list(visits),
@@ -271,11 +291,26 @@ class PairStream:
         generator = torch_generator(self.seed, purpose, key, visit)
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
-    def timestep(self, key: str, visit: int, *, loser: bool = False) -> int:
+    def timestep(self, index: int, visit: int, *, loser: bool = False) -> int:
         """t of a pair's visit."""
         low, high = self.timestep_range
-        purpose = TIMESTEP_LOSER if loser and self.independent_images else TIMESTEP
-        return int(torch.randint(low, high, (), generator=torch_generator(self.seed, purpose, key, visit)))
+        independent = loser and self.independent_images
+        purpose, key = TIMESTEP_LOSER if independent else TIMESTEP, self.pairs.keys[index]
+        if self.timestep_sampling == "uniform":
+            return int(torch.randint(low, high, (), generator=torch_generator(self.seed, purpose, key, visit)))
+        stratum = self._stratum(index, visit, independent=independent)
+        share = (stratum + self._uniform(purpose, key, visit)) / self.batch_pairs
+        return min(high - 1, low + int(share * (high - low)))
+
+    def _stratum(self, index: int, visit: int, *, independent: bool) -> int:
+        """The pair's place in the step in which it is visited the n-th time, and that is in epoch n.
+
+        With `visits_per_pair` later epochs repeat these draws, in other company: their steps aren't stratified.
+        """
+        step, place = divmod(visit * len(self.pairs) + int(self._places(visit)[index]), self.batch_pairs)
+        if independent:
+            return int(numpy_generator(self.seed, STRATA_LOSER, step).permutation(self.batch_pairs)[place])
+        return place
 
     def _normal(self, purpose: str, places: Sequence[tuple[str, int]], like: Sequence[Tensor]) -> Tensor:
         draws = [

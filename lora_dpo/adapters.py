@@ -124,6 +124,13 @@ class Adapters:
             layer.keep_as(REFERENCE)
         self._reference = REFERENCE
 
+    def reference_weights(self) -> dict[str, Tensor]:
+        """Of the adapter that is the reference, named as in `parameters`, without scale; empty if it is the base."""
+        if (kept := self._reference) is None:
+            return {}
+        places = ((name, layer, part) for name, layer in self.layers.items() for part in PARTS)
+        return {f"{name}.{part}.weight": layer.weight_of(part, kept) for name, layer, part in places}
+
     def train(self, mode: bool = True) -> None:
         """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""
         for layer in self.layers.values():

@@ -17,6 +17,7 @@ from lora_dpo.cache_store import ABOUT, SUFFIX, Damaged, Shard, read_about
 
 GROUP = re.compile(r"(moments|prompts)-[0-9a-f]{32}")
 PAIRS = re.compile(r"pairs-[0-9a-f]{32}")
+REFERENCES = re.compile(r"references-[0-9a-f]{32}")
 LOCKS = re.compile(r"locks-[0-9a-f]{32}")
 READERS = min(8, os.cpu_count() or 1)
 Progress = Callable[[int, int | None, str], None]
@@ -69,6 +70,20 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class References:
+    """Errors of one reference at the draws of one set of pairs; see `reference_cache`.
+
+    Attributes:
+        about: all that the errors depend on; `about["pairs"]` is the pairs' fingerprint.
+        sizes: bytes on the disk of each visit's file, by its path below the cache's directory.
+    """
+
+    name: str
+    about: dict[str, Any]
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Survey:
     """A cache directory at one moment.
 
@@ -79,6 +94,7 @@ class Survey:
     directory: Path
     groups: list[Group]
     pairs: list[Pairs]
+    references: list[References]
     left_over: dict[Path, int]
 
 
@@ -128,7 +144,16 @@ def survey(directory: Path, own: Sequence[Path], progress: Progress | None = Non
         group.last_use = max((found.last_use for found in users if found.last_use is not None), default=None)
         group.in_use = any(found.in_use for found in users)
         groups.append(group)
-    return Survey(directory, groups, pairs, dict(_left_over(directory, folders, pairs)))
+    references = [
+        References(
+            folder.name,
+            read_about(folder),
+            {f"{folder.name}/{path.name}": _on_disk(path) for path in sorted(folder.glob("visit-*.bin"))},
+        )
+        for folder in _listed(directory)
+        if REFERENCES.fullmatch(folder.name) and folder.is_dir()
+    ]
+    return Survey(directory, groups, pairs, references, dict(_left_over(directory, folders, pairs)))
 
 
 def verify(directory: Path, shards: Sequence[str], progress: Progress | None = None) -> list[Damaged]:
@@ -165,7 +190,7 @@ def verify(directory: Path, shards: Sequence[str], progress: Progress | None = N
 
 
 def to_prune(found: Survey, stays: Callable[[Pairs], bool] = lambda _: True) -> Pruning:
-    """What nobody needs: rests of processes that ended, and shards that no pairs are made of.
+    """What nobody needs: rests of processes that ended, shards that no pairs are made of, errors of no pairs.
 
     What a process is using stays, and the recipe's own pairs, and the others that are to stay. Pairs whose index is
     unfinished, damaged or another version's may be made of any shard of their groups.
@@ -190,6 +215,12 @@ def to_prune(found: Survey, stays: Callable[[Pairs], bool] = lambda _: True) -> 
                 kept_bytes += size
             elif shard not in needed:
                 files[found.directory / shard] = (size, "shards that no pairs are made of")
+    known = {pairs.index.fingerprint for pairs in kept if pairs.index}
+    if all(pairs.index for pairs in kept):
+        for references in found.references:
+            if references.about.get("pairs") not in known:
+                reason = "reference errors of pairs that are gone"
+                files |= {found.directory / name: (size, reason) for name, size in references.sizes.items()}
     return Pruning(files, kept_bytes)
 
 
@@ -239,6 +270,12 @@ def _pairs(path: Path, own: Sequence[Path]) -> Pairs:
         groups = (groups or set()) | {name.partition("/")[0] for name in index.shards}
     about = note.about if note is not None else ""
     return Pairs(path, about, groups, index, path in own, cache_use.last_use(path), cache_use.in_use(path))
+
+
+def _on_disk(path: Path) -> int:
+    """Bytes that a file with holes takes up, where the system tells."""
+    found = path.stat()
+    return min(found.st_size, getattr(found, "st_blocks", found.st_size) * 512)
 
 
 def _rows(path: Path) -> int | None:

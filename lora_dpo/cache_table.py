@@ -75,6 +75,7 @@ def _stats(found: Mapping[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield from (_pairs(pairs) for pairs in found["pairs"])
+    yield from (_references(references) for references in found["references"])
     missing = [name for name, file in found["this_recipe"].items() if file is None]
     if missing:
         yield f"not yet encoded of this recipe: {', '.join(missing)}"
@@ -88,6 +89,13 @@ def _pairs(pairs: Mapping[str, Any]) -> str:
     count = f"{pairs['pairs']:,} pairs" if pairs["pairs"] is not None else "not finished, or unreadable"
     mine = ", this recipe's" if pairs["this_recipe"] else ""
     return f"{pairs['name'].removesuffix('.safetensors')}  {pairs['about']}: {count}{mine}, {_last_use(pairs)}"
+
+
+def _references(references: Mapping[str, Any]) -> str:
+    about = references["about"]
+    made_by = f"of unet {about['denoiser'][:8]}, {about['precision']}, seed {about['seed']}" if about else "unreadable"
+    visits = _plural(references["visits"], "visit")
+    return f"{references['name']}  reference errors {made_by}: {visits}, {_size(references['bytes'])}"
 
 
 def _made_by(about: Mapping[str, Any]) -> str:

@@ -198,10 +198,19 @@ def _stats(directory: Path, own: dict[str, Path], progress: Progress) -> dict[st
     plan = cache_files.to_prune(found)
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return {
-        "bytes": sum(sum(group.sizes.values()) for group in found.groups),
+        "bytes": sum(sum(part.sizes.values()) for part in (*found.groups, *found.references)),
         "free_bytes": disk_usage(there).free,
         "groups": [_group(group) for group in found.groups],
         "pairs": [_described(pairs) for pairs in found.pairs],
+        "references": [
+            {
+                "name": references.name,
+                "about": references.about,
+                "visits": len(references.sizes),
+                "bytes": sum(references.sizes.values()),
+            }
+            for references in found.references
+        ],
         "this_recipe": {name: path.name if path.exists() else None for name, path in own.items()},
         "prunable_files": len(plan.files),
         "prunable_bytes": sum(size for size, _ in plan.files.values()),

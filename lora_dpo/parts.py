@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,17 +14,19 @@ import torch
 from lora_dpo import __version__, cache, recipe_methods, sources, tinyworld
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
+from lora_dpo.cache_store import digest
 from lora_dpo.data import PreferenceSource
 from lora_dpo.data.framing import Framing
 from lora_dpo.errors import UserError
 from lora_dpo.families import Family
 from lora_dpo.file_digests import default_cache_dir
 from lora_dpo.methods import Method, losses, objectives
-from lora_dpo.methods.pairs import PairMethod
+from lora_dpo.methods.pairs import PairMethod, reference_composition
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_checks import SINGLE_FILE
 from lora_dpo.recipe_sections import Base
+from lora_dpo.reference_cache import ReferenceErrors
 from lora_dpo.scorers import Scorer
 from lora_dpo.sources import Source
 from lora_dpo.start import start_from
@@ -194,7 +197,39 @@ def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: A
     )
     weights = _timestep_weights(chosen, family) if isinstance(chosen, recipe_methods.OfMargin) else None
     made = objective(chosen, family.schedule.num_timesteps)
-    return PairMethod(stream, family, adapters, made, timestep_weights=weights, pair_pass=recipe.train.pair_pass)
+    way = recipe.train.pair_pass
+    references = None
+    if isinstance(chosen, recipe_methods.OfErrors) and chosen.reference_cache:
+        kept_by = reference_identity(recipe, pairs, family, adapters, reference_composition(made, way))
+        references = ReferenceErrors(cache_dir(recipe), kept_by, pairs.keys)
+    return PairMethod(stream, family, adapters, made, timestep_weights=weights, pair_pass=way, references=references)
+
+
+def reference_identity(
+    recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters, composition: str
+) -> dict[str, Any]:
+    """What the reference's error of a pair's visit depends on; not the objective, its β, or the number of visits."""
+    on_gpu = family.device.type == "cuda"
+    weights = {name: weight.detach().cpu().numpy().tobytes() for name, weight in adapters.reference_weights().items()}
+    return {
+        "reference": digest(adapters.scale, *itertools.chain(*weights.items())) if weights else "base",
+        "denoiser": family.fingerprint()["unet"],
+        "dtype": recipe.base.dtype,
+        "quantization": recipe.base.quantization,
+        "precision": recipe.train.precision,
+        "prediction_type": family.schedule.prediction_type,
+        "schedule": digest(family.schedule.alphas_cumprod.cpu().numpy().tobytes()),
+        "error_space": "epsilon",
+        "pairs": pairs.fingerprint,
+        "seed": recipe.train.seed,
+        "caption_dropout": recipe.data.caption_dropout,
+        "timestep_range": recipe.method.timestep_range,
+        "independent_images": isinstance(recipe.method, recipe_methods.Kto),
+        # Of these, rounding alone.
+        "composition": composition,
+        "device": torch.cuda.get_device_name(family.device) if on_gpu else family.device.type,
+        "torch": torch.__version__,
+    }
 
 
 def objective(chosen: recipe_methods.Method, timesteps: int = 1000) -> objectives.Objective:

@@ -79,6 +79,14 @@ def _timesteps(view: _View) -> Found:
         yield ("method", "timestep_range"), f"got [{low}, {high}], expected low < high"
 
 
+def _reference_cache(view: _View) -> Found:
+    if view["method.reference_cache"] and view["method.visits_per_pair"] is None:
+        yield (
+            ("method", "reference_cache"),
+            "no draw comes twice, as long as their number isn't bounded: give method.visits_per_pair = 4, for instance",
+        )
+
+
 def _labels(view: _View) -> Found:
     if view["method.label_smoothing"] and view["method.label_noise"]:
         yield ("method", "label_noise"), "label_smoothing is set too: labels are smoothed or corrected, not both"
@@ -212,7 +220,7 @@ def _held_out(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _timesteps, _labels, _min_snr, _splits, _columns, _scorer, _buckets,
+    _micro_batch, _timesteps, _reference_cache, _labels, _min_snr, _splits, _columns, _scorer, _buckets,
     _data_exists, _prompts_exist, _model_exists, _start_exists, _reference, _config_of_a_single_file,
     _tinyworld_family, _optimizer, _spike, _ema, _held_out,
 )  # fmt: skip

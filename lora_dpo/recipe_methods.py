@@ -30,7 +30,15 @@ class Compared(Draws):
     )
 
 
-class OfMargin(Compared):
+class OfErrors(Compared):
+    """What every objective can have that takes the reference's errors, and nothing else, from it."""
+
+    reference_cache: bool = Field(
+        default=False, description="store the reference's errors, for later epochs and other runs; with visits_per_pair"
+    )
+
+
+class OfMargin(OfErrors):
     """What every loss of the margin u can have beside it."""
 
     beta: Above0 | Literal["auto"] = BETA
@@ -72,7 +80,7 @@ class Dmpo(OfMargin):
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(default=0.01, description="smoothing of its target")
 
 
-class Kto(Compared):
+class Kto(OfErrors):
     """Diffusion-KTO (Li et al. 2024): winners are desirable images, losers undesirable ones, each on its own."""
 
     kind: Literal["kto"]

@@ -170,5 +170,6 @@ FREE_KEYS = frozenset(
         "train.micro_batch_pairs",
         "train.gradient_checkpointing",
         "train.pair_pass",
+        "method.reference_cache",
     }
 )

@@ -46,7 +46,7 @@ LAYERS: list[set[str]] = [
     {"cache_store"},
     {"cache_index", "cache_pictures", "cache_use"},
     {"cache_fill"},
-    {"cache", "cache_files", "denoising", "sampling"},
+    {"cache", "cache_files", "denoising", "reference_cache", "sampling"},
     {"methods", "evaluation", "tinyworld.preferences", "tinyworld.pretrain", "tinyworld.scoring"},
     {"checkpoint", "figures", "optimizers", "hub", "run_dir", "trackers"},
     {"export", "report"},

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dpo import cache_files, cache_use
+from lora_dpo import cache_files, cache_index, cache_use
 from lora_dpo.cache import CachedPairs, fill
 from lora_dpo.cache_store import Store
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.errors import UserError
 from lora_dpo.families.stable_diffusion import StableDiffusion
+from lora_dpo.reference_cache import ReferenceErrors
 from tests.support.filling import filled, pruned
 from tests.support.models import save_random_pairs, save_random_sd
 from tests.support.processes import ROOT, environment
@@ -148,6 +149,27 @@ def test_other_pairs_go_with_what_is_theirs_alone(world: Path, cache: Path) -> N
     assert not plan(cache, own, lambda _: False).files
     cache_files.delete(cache, {path: size for path, (size, _) in plan(cache, [], lambda _: False).files.items()})
     assert [path.name for path in cache.iterdir()] == ["prune.lock"]
+
+
+def test_reference_errors_go_with_their_pairs(world: Path, cache: Path) -> None:
+    pairs, others = filled(world, cache), more(world, cache)
+    kept = ReferenceErrors(cache, {"pairs": pairs.fingerprint}, pairs.keys)
+    gone = ReferenceErrors(cache, {"pairs": others.fingerprint}, others.keys)
+    for references in (kept, gone):
+        references.write([(0, 0), (1, 3)], torch.ones(2, 2))
+    pairs.close()
+    others.close()
+    assert reasons(plan(cache)) == {}
+    (own,) = [path for path in indexes(cache) if cache_index.read(path).fingerprint == pairs.fingerprint]
+    chosen = plan(cache, [own], lambda _: False)
+    assert chosen.reasons()["reference errors of pairs that are gone"][0] == 2
+    cache_files.delete(cache, {path: size for path, (size, _) in chosen.files.items()})
+    assert kept.path.exists()
+    assert not gone.path.exists()
+    assert not kept.read([(1, 3)]).isnan().any()
+    # While it can't be told which pairs there are, all errors stay.
+    own.write_bytes(b"")
+    assert "reference errors of pairs that are gone" not in reasons(plan(cache))
 
 
 def test_what_a_process_uses_stays(world: Path, cache: Path) -> None:

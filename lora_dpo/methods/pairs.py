@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from lora_dpo.families import Family
 from lora_dpo.methods import LossParts, Method, PassScope
 from lora_dpo.methods.objectives import Objective, PairErrors
 from lora_dpo.methods.stream import Images, PairStream, Part, Side, StepBatch
+from lora_dpo.reference_cache import ReferenceErrors
 
 PairPass = Literal["plain", "split"]
 _WITH_GRADIENT = ("", "shift_")
@@ -31,6 +33,9 @@ class PairMethod(Method):
         timestep_weights: w(t) of `PairErrors.weight` for each t; None: 1. See `losses.timestep_weights`.
         pair_pass: of `backward`. "plain": all images of a part in one pass. "split": one image at a time, whatever the
             part's size; the gradient is the same to rounding, with one image's activations. See `_split`.
+        references: the reference's errors that are known already; those that aren't are computed and kept, each pair in
+            passes of its own: `reference_composition`. So they don't depend on the part in which they are first met.
+            Only for what `can_be_stored`.
     """
 
     def __init__(
@@ -43,11 +48,16 @@ class PairMethod(Method):
         error_space: ErrorSpace = "epsilon",
         timestep_weights: Float[Tensor, " T"] | None = None,
         pair_pass: PairPass = "plain",
+        references: ReferenceErrors | None = None,
     ) -> None:
+        if references is not None and not can_be_stored(objective):
+            raise ValueError("the reference's errors are not what this objective needs of it, or not all")
         self._stream, self._family, self._adapters = stream, family, adapters
         self._first = self.objective = objective
         self._error_space: ErrorSpace = error_space
-        self._timestep_weights, self._pair_pass = timestep_weights, pair_pass
+        self._timestep_weights = timestep_weights
+        self._pair_pass: PairPass = pair_pass
+        self._references = references
 
     def batches(self, start_step: int) -> Iterator[StepBatch]:
         return self._stream.batches(start_step)
@@ -65,9 +75,11 @@ class PairMethod(Method):
 
         Sums: loss; error_winner; where they are needed, error_loser, ref_error_winner, ref_error_loser, shift_winner,
         shift_loser and overlap; where the objective has a margin u, margin, implicit_accuracy (its sign; ties half) and
-        gradient_factor (σ(−u): of DPO's gradient, what is left); and what the objective logs itself.
+        gradient_factor (σ(−u): of DPO's gradient, what is left); what the objective logs itself; and with stored
+        reference errors reference_passes, the pairs for which they had to be computed.
         """
         images = part.images(*self._sides)
+        stored = self._stored(part, nullcontext)
         reference = self._reference(images, nullcontext)
         with part.dropout(self._adapters):
             residual = denoising.residuals(self._family, *images)
@@ -77,7 +89,7 @@ class PairMethod(Method):
             for name, values in found.items()
             for side, value in zip(self._sides, values.split(len(part)), strict=True)
         }
-        return self._evaluate(part, measured, residual.detach().split(len(part)))
+        return self._evaluate(part, measured, residual.detach().split(len(part)), stored)
 
     def backward(self, part: Part, pass_scope: PassScope = nullcontext) -> LossParts:
         if self._pair_pass == "plain":
@@ -101,6 +113,7 @@ class PairMethod(Method):
         residuals: list[Tensor] = []
         aside: dict[str, list[Tensor | None]] = {}
         factor = torch.ones(())
+        stored = self._stored(pair, pass_scope)
         for side in self._sides:
             images = pair.images(side)
             reference = self._reference(images, pass_scope)
@@ -115,11 +128,8 @@ class PairMethod(Method):
                 for name in of_gradients:
                     keep_graph = name != of_gradients[-1]
                     aside[f"{name}{side}"] = _gradients(parameters, found[name] * factor, keep_graph=keep_graph)
-        leaves = {
-            name: value.detach().requires_grad_(not name.startswith(("ref_", "overlap")))
-            for name, value in measured.items()
-        }
-        parts = self._evaluate(pair, leaves, residuals)
+        leaves = {name: value.detach().requires_grad_(not name.startswith("ref_")) for name, value in measured.items()}
+        parts = self._evaluate(pair, leaves, residuals, stored)
         parts.loss.backward()
         weights = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         now = [name for name in weights if name not in aside]
@@ -151,36 +161,67 @@ class PairMethod(Method):
         return ("winner", "loser") if "loser" in self.objective.needs else ("winner",)
 
     def _reference(self, images: Images, pass_scope: PassScope) -> Float[Tensor, "b c h w"] | None:
-        """The reference's residuals, where anything of it is needed."""
-        if not self.objective.needs & {"reference", "shift"}:
+        """The reference's residuals, where anything of it is needed that isn't stored."""
+        if self._references is not None or not self.objective.needs & {"reference", "shift"}:
             return None
+        return self._reference_pass(images, pass_scope)
+
+    def _reference_pass(self, images: Images, pass_scope: PassScope) -> Float[Tensor, "b c h w"]:
         with torch.no_grad(), pass_scope(), self._adapters.reference():
             return denoising.residuals(self._family, *images)
+
+    def _stored(self, part: Part, pass_scope: PassScope) -> _Stored | None:
+        """The reference's errors, from the store, or computed and put there."""
+        if self._references is None:
+            return None
+        places = list(zip(part.indices, part.visits, strict=True))
+        found = self._references.read(places)[:, : len(self._sides)]
+        unknown = found.isnan().any(dim=1).nonzero().flatten().tolist()
+        if unknown:
+            together = reference_composition(self.objective, self._pair_pass) == "pair"
+            passes: list[tuple[Side, ...]] = [self._sides] if together else [(side,) for side in self._sides]
+            computed = []
+            for place in unknown:
+                for sides in passes:
+                    images = part.pair(place).images(*sides)
+                    reference = self._reference_pass(images, pass_scope)
+                    computed.append(self._mean_square(images, reference))
+            found[unknown] = torch.cat(computed).view(len(unknown), -1).cpu()
+            finite = [place for place in unknown if found[place].isfinite().all()]
+            whole = torch.full((len(finite), 2), math.nan)
+            whole[:, : len(self._sides)] = found[finite]
+            self._references.write([places[place] for place in finite], whole)
+        columns = found.to(part.noise.device).unbind(dim=1)
+        errors = {f"ref_{side}": column for side, column in zip(self._sides, columns, strict=True)}
+        return _Stored(errors, torch.tensor(float(len(unknown)), device=part.noise.device))
 
     def _measure(
         self, images: Images, residual: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"] | None
     ) -> dict[str, Float[Tensor, " b"]]:
         """By the beginnings of the names in `PairErrors`."""
-
-        def mean(one: Tensor) -> Tensor:
-            return denoising.mean_product(self._family, one, one, images.t, self._error_space)
-
-        measured = {"": mean(residual)}
+        measured = {"": self._mean_square(images, residual)}
         if reference is not None and "reference" in self.objective.needs:
-            measured["ref_"] = mean(reference)
+            measured["ref_"] = self._mean_square(images, reference)
         if reference is not None and "shift" in self.objective.needs:
-            measured["shift_"] = mean(residual - reference)
+            measured["shift_"] = self._mean_square(images, residual - reference)
         return measured
 
+    def _mean_square(self, images: Images, one: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+        return denoising.mean_product(self._family, one, one, images.t, self._error_space)
+
     def _evaluate(
-        self, part: Part, measured: Mapping[str, Float[Tensor, " pair"]], residuals: Sequence[Tensor]
+        self,
+        part: Part,
+        measured: Mapping[str, Float[Tensor, " pair"]],
+        residuals: Sequence[Tensor],
+        stored: _Stored | None = None,
     ) -> LossParts:
         """The objective of what was measured.
 
         Args:
             residuals: detached, of winners and losers.
         """
-        found = dict(measured)
+        found = dict(measured) | (stored.errors if stored is not None else {})
         if "overlap" in self.objective.needs:
             winner, loser = residuals
             found["overlap"] = denoising.mean_product(self._family, winner, loser, part.t, self._error_space)
@@ -190,7 +231,29 @@ class PairMethod(Method):
         errors = PairErrors(t=part.t, weight=weight, **found)
         per_pair = self.objective(errors)
         sums = _sums(self.objective, errors, per_pair)
+        if stored is not None:
+            sums["reference_passes"] = stored.passes
         return LossParts(per_pair.sum() / part.batch_pairs, per_pair.detach(), sums)
+
+
+class _Stored(NamedTuple):
+    """The reference's errors by their names in `PairErrors`, and for how many pairs they were computed now."""
+
+    errors: dict[str, Float[Tensor, " pair"]]
+    passes: Float[Tensor, ""]
+
+
+def can_be_stored(objective: Objective) -> bool:
+    """Whether the reference's errors are all that the objective needs of it."""
+    return "reference" in objective.needs and "shift" not in objective.needs
+
+
+def reference_composition(objective: Objective, pair_pass: PairPass) -> Literal["pair", "image"]:
+    """What goes through the network at a time for a reference error that is stored: as for one pair's policy.
+
+    Kernels round differently for another batch size, so that this is a part of what a stored error depends on.
+    """
+    return "pair" if pair_pass == "plain" and "loser" in objective.needs else "image"
 
 
 def _gradients(parameters: Sequence[Tensor], value: Tensor, *, keep_graph: bool) -> list[Tensor | None]:

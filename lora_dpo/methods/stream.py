@@ -54,7 +54,7 @@ class Part:
     """Some pairs of one optimizer step, drawn and on the family's device: all that a loss needs.
 
     Attributes:
-        keys, visits: the pairs' content keys, and which of a pair's draws.
+        keys, indices, visits: the pairs' content keys, places in the cache, and which of a pair's draws.
         batch_pairs: pairs in the whole optimizer step.
         noise, t: ε and timestep of the winner, and of the loser too unless images are independent.
         noise_loser, t_loser: of the loser.
@@ -62,6 +62,7 @@ class Part:
     """
 
     keys: list[str]
+    indices: list[int]
     visits: list[int]
     batch_pairs: int
     x_0_winner: Float[Tensor, "pair c h w"]
@@ -100,6 +101,7 @@ class Part:
         return replace(
             self,
             keys=self.keys[at],
+            indices=self.indices[at],
             visits=self.visits[at],
             x_0_winner=self.x_0_winner[at],
             x_0_loser=self.x_0_loser[at],
@@ -267,6 +269,7 @@ class PairStream:
             t_loser = torch.tensor([self.timestep(*one, loser=True) for one in drawn], device=device)
         return Part(
             keys=keys,
+            indices=list(indices),
             visits=list(visits),
             batch_pairs=batch_pairs,
             x_0_winner=self._latents([pair.winner for pair in pairs], self._normal(POSTERIOR_WINNER, places, like)),

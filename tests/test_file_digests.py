@@ -13,6 +13,7 @@ import pytest
 from lora_dpo import file_digests
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.families.stable_diffusion import StableDiffusion
+from lora_dpo.families.tensor_file import TensorFile
 from tests.support.models import save_random_pairs, save_random_sd
 from tests.support.single_file import save_single_file
 
@@ -157,9 +158,8 @@ def test_of_one_file_too_the_edited_weights_are_seen(tmp_path: Path, read: list[
     first = family().fingerprint()
     assert family().fingerprint() == first
     computed = []
-    kind = type(family().folder)
-    real = kind._tensors_digest
-    monkeypatch.setattr(kind, "_tensors_digest", lambda self, part: computed.append(part) or real(self, part))
+    real = TensorFile._digest
+    monkeypatch.setattr(TensorFile, "_digest", lambda self, names: computed.append(names) or real(self, names))
     assert family().fingerprint() == first
     assert computed == []
     settle()
@@ -168,3 +168,4 @@ def test_of_one_file_too_the_edited_weights_are_seen(tmp_path: Path, read: list[
     data[where] ^= 1
     file.write_bytes(data)
     assert family().fingerprint() != first
+    assert len(computed) == 3

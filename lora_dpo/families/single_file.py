@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -34,7 +33,6 @@ from lora_dpo.families.files import (
 from lora_dpo.families.originals import ORIGINALS, OTHERS, UNET, Original
 from lora_dpo.families.tensor_file import TensorFile, diffusers_model
 from lora_dpo.families.vae import other_vae
-from lora_dpo.file_digests import remembered
 
 SUFFIX = ".safetensors"
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -155,7 +153,7 @@ class SingleFile(ModelFiles):
             else:
                 settings = json.dumps(self.config(component), sort_keys=True)
                 digest.update(f"\x1e{component}\x1f{settings}".encode())
-                digest.update(remembered(self.path, component, partial(self._tensors_digest, component)))
+                digest.update(self._file.digest(component, self._names(component)))
         return digest.hexdigest()
 
     def _prediction(self) -> str | None:
@@ -178,11 +176,6 @@ class SingleFile(ModelFiles):
     def _read(self, component: str) -> dict[str, Tensor]:
         """The component's tensors under their names in the file, and no other component's."""
         return self._file.read(self._names(component))
-
-    def _tensors_digest(self, component: str) -> bytes:
-        digest = hashlib.blake2b(digest_size=16)
-        self._file.add(digest, self._names(component))
-        return digest.digest()
 
     def _diffusers_model(self, kind: Any, component: str, dtype: torch.dtype, device: torch.device) -> Any:
         weights, config = self._read(component), self.config(component)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_dpo.errors import UserError
 from lora_dpo.families.files import explained, frozen, quiet
+from lora_dpo.file_digests import remembered
 
 
 @final
@@ -53,8 +54,16 @@ class TensorFile:
         with explained(self.path), safe_open(self.path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in names}
 
-    def add(self, digest: hashlib.blake2b, names: Iterable[str]) -> None:
-        """The tensors to a digest, from their bytes."""
+    def digest(self, what: str, names: Iterable[str]) -> bytes:
+        """Of these tensors' bytes, 16 bytes.
+
+        Args:
+            what: tells them from others of the file, where the digest is remembered.
+        """
+        return remembered(self.path, what, lambda: self._digest(names))
+
+    def _digest(self, names: Iterable[str]) -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
         with self.path.open("rb") as opened:
             for name in names:
                 entry = self.header[name]
@@ -67,6 +76,7 @@ class TensorFile:
                         raise UserError("this file is cut short", self.path, "download it again")
                     digest.update(part)
                     begin += len(part)
+        return digest.digest()
 
 
 def diffusers_model(

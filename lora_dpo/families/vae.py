@@ -97,7 +97,7 @@ class VaeFile(Vae):
 
     def add(self, digest: hashlib.blake2b) -> None:
         digest.update(f"\x1evae\x1f{json.dumps(self.config(), sort_keys=True)}".encode())
-        self._file.add(digest, self._names)
+        digest.update(self._file.digest("vae beside a base", self._names))
 
 
 def other_vae(name: Path | str, own_config: Callable[[], dict[str, Any]]) -> Vae:

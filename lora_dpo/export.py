@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers.utils import logging
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.cache import CachedPairs
 from lora_dpo.errors import LoraDpoError
 from lora_dpo.families import Conditioning, Family
+from lora_dpo.families.files import errors_only
 from lora_dpo.methods.stream import PairStream
 from lora_dpo.randomness import seed_of
 
@@ -176,14 +175,3 @@ def tolerance_for(family: Family, prediction: Tensor, relative: float | None = N
 def predict(family: Family, probe: Probe) -> Tensor:
     """The denoiser's prediction for the probe, in float32, with whatever adapters are on."""
     return family.predict(probe.x_t, probe.t, probe.conditioning).float()
-
-
-@contextmanager
-def errors_only() -> Iterator[None]:
-    """Scope in which diffusers keeps its warnings to itself."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_dpo import build, recipe
 from tests.support.models import save_random_pairs, save_random_sd, save_random_sdxl
+from tests.support.pages import no_curves
 from tests.support.single_file import save_single_file
 
 RECIPE = """
@@ -69,8 +70,10 @@ def runs(base: Path) -> dict[str, Path]:
     overrides["file"] = [f"base.model={base / 'model.safetensors'}", f"base.config={base / 'settings'}"]
     if base.name in PREDICTS:  # a folder says it itself
         overrides["file"].append(f"base.prediction_type={PREDICTS[base.name]}")
-    for form, chosen in overrides.items():
-        build.run(recipe.load(str(base / "small.toml"), chosen), base / form, quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        no_curves(patch)
+        for form, chosen in overrides.items():
+            build.run(recipe.load(str(base / "small.toml"), chosen), base / form, quiet=True)
     return {form: base / form for form in overrides}
 
 

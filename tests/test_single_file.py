@@ -82,7 +82,7 @@ def test_a_file_draws_the_picture_of_its_folder(pair):
     assert torch.equal(*pictures)
 
 
-def test_a_half_precision_file_computes_in_the_requested_dtype(bases, tmp_path):
+def test_a_half_precision_file_computes_in_the_requested_dtype(bases, tmp_path, caplog):
     folder, _ = bases["sdxl"]
     file = save_single_file(folder, tmp_path / "half.safetensors", dtype=torch.float16)
     for dtype in ("float32", "bfloat16"):
@@ -91,6 +91,7 @@ def test_a_half_precision_file_computes_in_the_requested_dtype(bases, tmp_path):
         conditioning = family.encode_prompts(PROMPTS)
         assert {tensor.dtype for tensor in conditioning.values()} == {family.dtype}
         assert family.encode_images(torch.rand(1, 3, 64, 64)).mean.dtype == torch.float32
+    assert caplog.text == ""  # diffusers warns of casts
 
 
 def test_another_vae_takes_the_files_place(bases, tmp_path):

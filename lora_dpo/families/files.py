@@ -230,3 +230,14 @@ def quiet() -> Iterator[None]:
     finally:
         for library, _ in libraries:
             library.enable_progress_bar()
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Scope in which diffusers keeps its warnings to itself."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)

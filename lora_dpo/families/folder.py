@@ -16,6 +16,7 @@ from lora_dpo.families.files import (
     ModelFiles,
     add_folder,
     config_file,
+    errors_only,
     load_model,
     load_tokenizer,
     read_json,
@@ -100,10 +101,11 @@ def _local_or_hub(base: Path | str, revision: str | None, expected: str) -> Path
         raise UserError("no such folder, and not a hub id (owner/name)", base, "give a diffusers folder or a hub id")
     try:
         # Its own rules choose the files: safetensors only, one variant, no ONNX; the unused networks stay there.
-        return Path(
-            DiffusionPipeline.download(
-                str(base), revision=revision, use_safetensors=True, safety_checker=None, image_encoder=None
+        with errors_only():  # without a network it is said when nothing is in the cache either
+            return Path(
+                DiffusionPipeline.download(
+                    str(base), revision=revision, use_safetensors=True, safety_checker=None, image_encoder=None
+                )
             )
-        )
     except Exception as error:  # The hub client's errors come from an HTTP library that changes with its version.
         raise unreachable(base, revision, error) from error

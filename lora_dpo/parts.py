@@ -200,15 +200,14 @@ def method(recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: A
     way = recipe.train.pair_pass
     references = None
     if isinstance(chosen, recipe_methods.OfErrors) and chosen.reference_cache:
-        kept_by = reference_identity(recipe, pairs, family, adapters, reference_composition(made, way))
+        kept_by = reference_identity(recipe, stream, adapters, reference_composition(made, way))
         references = ReferenceErrors(cache_dir(recipe), kept_by, pairs.keys)
     return PairMethod(stream, family, adapters, made, timestep_weights=weights, pair_pass=way, references=references)
 
 
-def reference_identity(
-    recipe: Recipe, pairs: cache.CachedPairs, family: Family, adapters: Adapters, composition: str
-) -> dict[str, Any]:
+def reference_identity(recipe: Recipe, stream: PairStream, adapters: Adapters, composition: str) -> dict[str, Any]:
     """What the reference's error of a pair's visit depends on; not the objective, its β, or the number of visits."""
+    family = stream.family
     on_gpu = family.device.type == "cuda"
     weights = {name: weight.detach().cpu().numpy().tobytes() for name, weight in adapters.reference_weights().items()}
     return {
@@ -220,11 +219,8 @@ def reference_identity(
         "prediction_type": family.schedule.prediction_type,
         "schedule": digest(family.schedule.alphas_cumprod.cpu().numpy().tobytes()),
         "error_space": "epsilon",
-        "pairs": pairs.fingerprint,
-        "seed": recipe.train.seed,
-        "caption_dropout": recipe.data.caption_dropout,
-        "timestep_range": recipe.method.timestep_range,
-        "independent_images": isinstance(recipe.method, recipe_methods.Kto),
+        "pairs": stream.pairs.fingerprint,
+        **stream.draws,
         # Of these, rounding alone.
         "composition": composition,
         "device": torch.cuda.get_device_name(family.device) if on_gpu else family.device.type,

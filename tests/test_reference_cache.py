@@ -341,7 +341,7 @@ def test_the_recipe_chooses(world, tmp_path):
         assert passes(same) == 0, same
     for other in (
         "method.kind=kto", "train.seed=1", "base.dtype=bfloat16", "train.precision=bfloat16", "train.pair_pass=split",
-        "data.caption_dropout=0.1", "method.timestep_range=[0, 500]",
+        "data.caption_dropout=0.1", "method.timestep_range=[0, 500]", "method.timestep_sampling=stratified",
     ):  # fmt: skip
         assert passes(other) == 3, other
         assert passes(other) == 0, other
@@ -351,16 +351,16 @@ def test_another_adapter_as_the_reference_has_other_errors(world, tmp_path):
     (tmp_path / "small.toml").write_text(RECIPE.format(world=world))
     loaded = recipe.load(str(tmp_path / "small.toml"))
     family = world.family()
-    pairs = world.pairs(family)
+    drawn = stream(world.pairs(family), family)
 
     def of(**options) -> str:
         adapters = attach(family, **options)
         if options:
             adapters.keep_as_reference()
-        found = parts.reference_identity(loaded, pairs, family, adapters, "pair")["reference"]
+        found = parts.reference_identity(loaded, drawn, adapters, "pair")["reference"]
         with torch.no_grad():
             next(iter(adapters.parameters().values())).add_(1)  # the policy is trained, the reference stays
-        assert parts.reference_identity(loaded, pairs, family, adapters, "pair")["reference"] == found
+        assert parts.reference_identity(loaded, drawn, adapters, "pair")["reference"] == found
         adapters.detach()
         return found
 

@@ -280,6 +280,14 @@ def test_the_turning_marks_do_turn():
         assert upright_size(data, "here") == (24, 40)
 
 
+def test_an_ordinary_pictures_size_is_had_without_decoding_it(monkeypatch):
+    written = PngImagePlugin.PngInfo()
+    written.add_text("parameters", "a cat, eXIf, XML:com.adobe.xmp")  # as image generators do
+    datas = [encoded("PNG", 0, pnginfo=written), encoded("JPEG", 6), encoded("WEBP", 0)]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    assert [upright_size(data, "here") for data in datas] == [(40, 24), (24, 40), (40, 24)]
+
+
 def test_a_size_that_cannot_be_had_says_what_decoding_says():
     with pytest.raises(UserError, match="can't be decoded"):
         upright_size(b"no picture", "row 3")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -23,7 +24,7 @@ from lora_dpo.errors import UserError
 Image.init()
 FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 MAX_PIXELS = 100_000_000
-_TURNING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_TURNING = (b"eXIf", b"tEXtRaw profile type exif", b"zTXtRaw profile type exif", b"iTXtXML:com.adobe.xmp")
 _PILLOWS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -73,14 +74,22 @@ def upright_size(data: bytes, where: str) -> tuple[int, int]:
     with suppress(Exception):  # `decode` says what is wrong, if something is.
         _silence_pillow()
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # A PNG may say behind its pixels how it is to be turned. Pillow then decodes all of it to find out.
-            unturned = image.format == "PNG" and not any(mark in data for mark in _TURNING)
+            # A PNG may say behind its pixels how it is to be turned. Pillow decodes all of it to find out.
+            unturned = image.format == "PNG" and not any(start.startswith(_TURNING) for start in _png_chunks(data))
             if unturned or image.format in ("JPEG", "MPO", "WEBP"):
                 width, height = image.size
                 turned = not unturned and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 return (width, height) if turned else (height, width)
     picture = decode(data, where)
     return picture.height, picture.width
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """The kind of each chunk and the beginning of its content."""
+    place = len(b"\x89PNG\r\n\x1a\n")
+    while place + 8 <= len(data):
+        yield data[place + 4 : place + 40]
+        place += 12 + int.from_bytes(data[place : place + 4])
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 H W"]:

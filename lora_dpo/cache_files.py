@@ -283,8 +283,9 @@ def _rows(path: Path) -> int | None:
         shard = Shard(path)
     except Damaged:
         return None
+    rows = len(shard)
     shard.close()
-    return len(shard.keys)
+    return rows
 
 
 def _left_over(directory: Path, folders: Sequence[Path], pairs: Sequence[Pairs]) -> Iterator[tuple[Path, int]]:

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from lora_dpo import atomic
 from lora_dpo.errors import LoraDpoError
+from lora_dpo.mapped_tensors import mapped
 
 OPEN_SHARDS = 64
 CHECK = "row_check"
@@ -60,9 +61,6 @@ def row_check(key: str, row: Mapping[str, Tensor]) -> int:
 class Shard:
     """One open file.
 
-    Attributes:
-        keys: of its rows, in order.
-
     Raises:
         Damaged: no such file, or not the one that its name tells.
     """
@@ -70,25 +68,33 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: Any = safe_open(path, "pt").__enter__()
-            self.keys: list[str] = self._file.metadata()["keys"].split()
-            self._names = sorted(set(self._file.keys()) - {CHECK})
-            self._slices = {name: self._file.get_slice(name) for name in self._names}
-            self._checks: list[int] = self._file.get_tensor(CHECK).tolist()
-            lengths = {part.get_shape()[0] for part in self._slices.values()} | {len(self._checks)}
+            self._tensors, metadata = mapped(path)
+            keys = metadata["keys"].split()
+            # Many thousand of small rows fit into a shard, and many shards are open.
+            self._keys = np.array(keys, np.bytes_)
+            self._checks = self._tensors.pop(CHECK)
+            lengths = {len(part) for part in (*self._tensors.values(), self._checks)}
         except FileNotFoundError as error:
             raise Damaged(path, "it is missing") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise Damaged(path, str(error) or type(error).__name__) from error
-        if path.name != _name(self.keys) or lengths != {len(self.keys)}:
+        if path.name != _name(keys) or lengths != {len(keys)} or self._checks.dtype != torch.int64:
             raise Damaged(path, "its header has changed")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of its rows, in order."""
+        return [key.decode() for key in self._keys.tolist()]
 
     def row(self, index: int) -> dict[str, Tensor]:
         """Each tensor with a batch dimension of one; Damaged if it isn't what was written."""
         try:
-            row = {name: part[index : index + 1] for name, part in self._slices.items()}
-            sound = row_check(self.keys[index], row) == self._checks[index]
-        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
+            row = {name: part[index : index + 1] for name, part in self._tensors.items()}
+            sound = row_check(self._keys[index].decode(), row) == self._checks[index].item()
+        except (IndexError, RuntimeError) as error:
             raise Damaged(self.path, str(error)) from error
         if not sound:
             raise Damaged(self.path, f"the checksum of row {index} is wrong")
@@ -96,11 +102,13 @@ class Shard:
 
     def verify(self) -> None:
         """Reads everything; raises Damaged at the first row that isn't what was written."""
-        for index in range(len(self.keys)):
+        for index in range(len(self)):
             self.row(index)
 
     def close(self) -> None:
-        self._file.__exit__(None, None, None)
+        """Lets go of the file once no row of it is referred to any more."""
+        self._tensors.clear()
+        del self._checks
 
 
 def read_about(directory: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "recipe_fields",
         "recipe_toml",
         "stopping",
+        "mapped_tensors",
         "watch",
     },
     {

@@ -17,8 +17,6 @@ from lora_dpo.cache import CachedPairs, fill
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.families.stable_diffusion import StableDiffusion
 
-OPTIONS = {"images_per_batch": 1, "bytes_per_shard": 1}
-
 
 def filled(folder: Path, cache: Path, seconds_per_picture: float = 0.0) -> CachedPairs:
     """`folder`'s base and pairs, one shard per picture."""
@@ -30,7 +28,7 @@ def filled(folder: Path, cache: Path, seconds_per_picture: float = 0.0) -> Cache
         return encode(pixels)
 
     family.encode_images = slowly  # pyright: ignore
-    return fill(PickAPicParquet(folder / "pairs.parquet"), family, cache, 32, **OPTIONS)
+    return fill(PickAPicParquet(folder / "pairs.parquet"), family, cache, 32, images_per_batch=1, bytes_per_shard=1)
 
 
 def pruned(directory: Path) -> dict[str, int]:

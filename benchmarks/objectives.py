@@ -52,7 +52,8 @@ GRID: dict[str, list[dict[str, str]]] = {
     **{
         name: [{"method.beta": beta} for beta in BETAS]
         for name in (
-            "dpo", "cdpo", "robust", "ipo", "hinge", "dmpo", "safeguard", "anchor", "sft_term", "min_snr", "elbo"
+            "dpo", "cdpo", "robust", "ties", "ipo", "hinge", "dmpo", "safeguard", "anchor", "sft_term", "min_snr",
+            "elbo",
         )
     },
     "kto": [{"method.beta": beta} for beta in ("2000", "4000", "8000")],

@@ -40,7 +40,7 @@ ATTEMPTS = 3
 class CachedPair:
     """One pair as batches of one, ready to be concatenated with others of its size.
 
-    `prompt` indexes `CachedPairs.prompts`.
+    `prompt` indexes `CachedPairs.prompts`; `label` is the probability that the winner is the better one.
     """
 
     winner: Moments
@@ -48,6 +48,7 @@ class CachedPair:
     winner_geometry: Int[Tensor, "1 6"]
     loser_geometry: Int[Tensor, "1 6"]
     prompt: int
+    label: float = 1.0
 
 
 class CachedPairs:
@@ -94,6 +95,7 @@ class CachedPairs:
             winner["geometry"],
             loser["geometry"],
             self._index.prompt(index),
+            self._index.label(index),
         )
 
     def prompt_index(self, index: int) -> int:

@@ -215,7 +215,7 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
                         left[chunk.number] = None
                     elif key not in images:
                         chunk.add(key, data, picture, preference.origin)
-                pair = digest(preference.prompt, *names)
+                pair = digest(preference.prompt, *names, *([] if preference.label == 1 else [preference.label]))
                 if pair in seen:
                     dropped.append((DUPLICATE, preference.origin, ""))
                     continue
@@ -224,6 +224,7 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
                 draft.winners.append(names[0])
                 draft.losers.append(names[1])
                 draft.sizes.append(size)
+                draft.labels.append(preference.label)
                 draft.origins.append(preference.origin)
                 draft.prompt_of.append(prompt_of.setdefault(preference.prompt, len(prompt_of)))
                 work.count(len(draft.keys))
@@ -236,6 +237,7 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
     for reason, origin, detail in dropped:
         report.kept -= 1
         report.drop(reason, origin, detail)
+    report.ties = sum(label == 0.5 for label in draft.labels)
     if not draft.keys:
         raise UserError("the source has no usable pair", hint=report.summary())
     draft.prompts.extend(prompt_of)

@@ -35,6 +35,7 @@ class Draft:
         keys: a digest per pair.
         winners, losers: keys of images.
         sizes: that a pair's pictures are stored at.
+        labels: the probability that a pair's winner is the better one.
         prompt_of: places in `prompts`.
     """
 
@@ -42,6 +43,7 @@ class Draft:
     winners: list[str] = field(default_factory=list)
     losers: list[str] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
+    labels: list[float] = field(default_factory=list)
     prompt_of: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
@@ -119,7 +121,7 @@ class Index:
         self.prompts: Sequence[str] = Texts(held["prompts"], held["prompt_ends"])
         self.origins: Sequence[str] = Texts(held["origins"], held["origin_ends"])
         self._images, self._prompt_of, self._size_of = held["images"], held["prompt_of"], held["size_of"]
-        self._texts = held["texts"]
+        self._texts, self._labels = held["texts"], held.get("labels")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -128,6 +130,10 @@ class Index:
         """(shard, row) of the winner and of the loser."""
         a, b, c, d = self._images[index].tolist()
         return (a, b), (c, d)
+
+    def label(self, index: int) -> float:
+        """The probability that the winner is the better one."""
+        return 1.0 if self._labels is None else float(self._labels[index])
 
     def prompt(self, index: int) -> int:
         return int(self._prompt_of[index])
@@ -187,6 +193,8 @@ def write(
         "origins": origins,
         "origin_ends": origin_ends,
     }
+    if any(label != 1 for label in draft.labels):
+        tensors["labels"] = np.array(draft.labels, np.float32)
     about = json.dumps(
         {"report": vars(report), "fingerprint": fingerprint, "shards": list(number), "sizes": list(sizes)}
     )

@@ -99,6 +99,7 @@ def base_options(recipe: Recipe) -> dict[str, Any]:
 def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:
     data = recipe.data
     path = tinyworld.preferences_path() if data.path == recipes.TINYWORLD else Path(data.path)
+    ties = data.ties if split == data.split else "drop"  # the evaluation asks which image is the better one
     match data.kind:
         case "pickapic":
             from lora_dpo.data.pickapic import PickAPicParquet
@@ -111,6 +112,7 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
                 heldout_fraction=data.heldout_fraction,
                 seed=recipe.train.seed,
                 limit=limit or data.limit,
+                ties=ties,
             )
         case "folder":
             from lora_dpo.data.folder import JsonlFolder
@@ -122,6 +124,7 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
                 heldout_fraction=data.heldout_fraction,
                 seed=recipe.train.seed,
                 limit=limit or data.limit,
+                ties=ties,
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_dpo import buckets
 from lora_dpo.recipe_errors import shown
+from lora_dpo.recipe_methods import OF_MARGIN
 from lora_dpo.recipe_toml import Key
 
 TINYWORLD = "tinyworld"
@@ -90,6 +91,15 @@ def _reference_cache(view: _View) -> Found:
 def _labels(view: _View) -> Found:
     if view["method.label_smoothing"] and view["method.label_noise"]:
         yield ("method", "label_noise"), "label_smoothing is set too: labels are smoothed or corrected, not both"
+
+
+def _ties(view: _View) -> Found:
+    kind = view["method.kind"]
+    if view["data.ties"] == "half" and kind not in OF_MARGIN:
+        yield (
+            ("data", "ties"),
+            f"method.kind = {shown(kind)} needs a winner in every pair; {', '.join(OF_MARGIN)} can do without",
+        )
 
 
 def _min_snr(view: _View) -> Found:
@@ -220,7 +230,8 @@ def _held_out(view: _View) -> Found:
 
 
 _CHECKS: tuple[Callable[[_View], Found], ...] = (
-    _micro_batch, _timesteps, _reference_cache, _labels, _min_snr, _splits, _columns, _scorer, _buckets,
+    _micro_batch, _timesteps, _reference_cache, _labels, _ties, _min_snr, _splits, _columns, _scorer,
+    _buckets,
     _data_exists, _prompts_exist, _model_exists, _start_exists, _reference, _config_of_a_single_file,
     _tinyworld_family, _optimizer, _spike, _ema, _held_out,
 )  # fmt: skip

@@ -117,6 +117,7 @@ Method = Dpo | Ipo | Hinge | Dmpo | Kto | Mapo | Dspo | Sft
 METHODS: dict[str, type[Section]] = {
     "dpo": Dpo, "ipo": Ipo, "hinge": Hinge, "dmpo": Dmpo, "kto": Kto, "mapo": Mapo, "dspo": Dspo, "sft": Sft
 }  # fmt: skip
+OF_MARGIN = [kind for kind, model in METHODS.items() if issubclass(model, OfMargin)]
 # Known, implemented as functions, and refused for training.
 REFUSED = {
     "alternative": "the alternative objective of the supplement's section S2 has a gradient of exactly zero where "

@@ -39,6 +39,9 @@ class Data(Section):
     )
     caption_dropout: Fraction = Field(default=0.0, description="share of draws trained with the empty prompt")
     limit: Positive | None = Field(default=None, description="use at most so many pairs")
+    ties: Literal["drop", "half"] = Field(
+        default="drop", description="half: train on ties too, as pairs of which either may be the better"
+    )
 
 
 class Base(Section):

@@ -156,6 +156,27 @@ def test_exact_duplicates_are_left_out_and_counted(counted, pairs, tmp_path):
     assert cached.report.rows == len(rows) + 2
 
 
+def test_labels_are_kept_with_their_pairs(counted, pairs, tmp_path):
+    """A tie of pictures that were decided on another time is another pair; a second tie of them is a duplicate."""
+    family, _ = counted
+    rows = pq.read_table(pairs).to_pylist()
+    first = next(row for row in rows if row["label_0"] != 0.5)
+    again = {**first, "label_0": 0.5, "label_1": 0.5}
+    pq.write_table(pa.Table.from_pylist([*rows, again, again]), tmp_path / "ties.parquet")
+    source = PickAPicParquet(tmp_path / "ties.parquet", ties="half")
+    made = fill(source, family, tmp_path / "cache", 32)
+    read = fill(source, family, tmp_path / "cache", 32)
+    for cached in (made, read):
+        assert [cached.pair(index).label for index in range(11)] == [max(r["label_0"], r["label_1"]) for r in rows] + [
+            0.5
+        ]
+        assert (cached.report.kept, cached.report.ties, cached.report.dropped) == (11, 3, {"duplicate pair": 1})
+    decided = fill(PickAPicParquet(tmp_path / "ties.parquet"), family, tmp_path / "cache", 32)
+    assert [decided.pair(index).label for index in range(8)] == [1.0] * 8
+    assert decided.fingerprint != made.fingerprint
+    assert set(decided.keys) < set(made.keys)
+
+
 def test_keys_follow_content_and_not_place(sdxl_path, pairs, tmp_path):
     family = SDXL(sdxl_path)
     rows = pq.read_table(pairs).to_pylist()

@@ -182,6 +182,19 @@ def test_bad_rows_are_counted_by_reason_and_good_ones_survive(tmp_path):
     assert source.report.kept == 2
 
 
+def test_ties_are_kept_on_request(tmp_path):
+    path = table(
+        tmp_path / "p.parquet", row(), row(caption="even", label_0=0.5, label_1=0.5), row(label_0=0.0, label_1=1.0)
+    )
+    source = PickAPicParquet(path, ties="half")
+    assert [(pair.prompt, pair.label) for pair in source][1] == ("even", 0.5)
+    assert [pair.label for pair in source] == [1.0, 0.5, 1.0]
+    assert (source.report.kept, source.report.ties) == (3, 1)
+    assert source.report.summary() == "3 rows: 3 kept (1 ties)"
+    assert source.fingerprint() != PickAPicParquet(path).fingerprint()
+    assert [pair.label for pair in PickAPicParquet(path)] == [1.0, 1.0]
+
+
 def test_has_label_false_is_a_missing_label(tmp_path):
     path = table(tmp_path / "p.parquet", row(has_label=True), row(has_label=False))
     source = PickAPicParquet(path)
@@ -363,6 +376,21 @@ def test_both_forms_of_a_row(tmp_path, value, winner):
     assert first.winner == (tmp_path / A).read_bytes()
     assert first.origin == "pairs.jsonl:1"
     assert second.winner == (tmp_path / winner).read_bytes()
+
+
+@pytest.mark.parametrize(("value", "winner", "label"), [(0.8, A, 0.8), (0.25, B, 0.75), (0.5, A, 0.5), ("tie", A, 0.5)])
+def test_a_share_of_votes_is_a_label(tmp_path, value, winner, label):
+    folder(tmp_path, {"prompt": "q", "image_a": A, "image_b": B, "preference": value})
+    (pair,) = JsonlFolder(tmp_path, ties="half")
+    assert pair.winner == (tmp_path / winner).read_bytes()
+    assert pair.label == label
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), False])
+def test_a_label_outside_of_0_to_1_is_refused(tmp_path, value):
+    folder(tmp_path, {"prompt": "q", "image_a": A, "image_b": B, "preference": value})
+    with pytest.raises(UserError, match="bad preference"):
+        list(JsonlFolder(tmp_path))
 
 
 def test_bad_lines_are_counted_with_their_place(tmp_path):

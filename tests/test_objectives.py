@@ -21,6 +21,7 @@ from lora_dpo.methods.objectives import Objective, PairErrors
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recipe_errors import RecipeError
 from lora_dpo.recipe_toml import shipped_names
+from tests.support.models import save_random_pairs
 from tests.support.toy import Run
 from tests.support.training import World, attach, make_world, stream
 
@@ -246,6 +247,31 @@ def test_what_an_objective_remembers_survives_a_resume(tmp_path, objective):
     )
 
 
+def test_a_ties_label_reaches_the_loss(tmp_path_factory):
+    """From the rows of a file through the cache, opened anew, to the loss and the metrics."""
+    made = make_world(tmp_path_factory.mktemp("ties"))
+    world = replace(made, data=save_random_pairs(made.data.with_name("ties.parquet"), 10, ties=4))
+    family = world.family()
+    world.pairs(family, ties="half")
+    pairs = world.pairs(family, ties="half")
+    assert sorted(pairs.pair(index).label for index in range(len(pairs))) == [0.5] * 4 + [1.0] * 6
+    assert len(world.pairs(family)) == 6
+    adapters = attach(family, moved=0.2)
+    method = PairMethod(stream(pairs, family), family, adapters, objectives.Dpo(BETA))
+    part = next(method._stream.batch(0).parts())
+    assert 0 < (part.label == 0.5).sum() < 8
+    assert part.pair(3).label.item() == part.label[3].item()
+    with torch.no_grad():
+        got = method.loss(part)
+        decided = method.loss(replace(part, label=torch.ones(8)))
+    # −log σ(u) for a winner, and the mean of both directions for a tie.
+    u = -torch.log(torch.expm1(decided.per_pair.double()))
+    expected = torch.nn.functional.softplus(-u) + (1 - part.label) * u
+    torch.testing.assert_close(got.per_pair.double(), expected, rtol=1e-3, atol=1e-4)
+    right = (part.label == 1) & (u > 0)
+    assert got.sums["implicit_accuracy"].item() == right.sum().item() + 0.5 * (part.label == 0.5).sum().item()
+
+
 # --- the recipe
 
 OPTIONS = {
@@ -295,7 +321,7 @@ def test_every_parameter_has_an_effect_on_the_gradient(kind, changes):
     generator = torch.Generator().manual_seed(0)
     names = ("winner", "loser", "ref_winner", "ref_loser", "shift_winner", "shift_loser", "overlap")
     values = {name: torch.rand(8, generator=generator) * 0.1 for name in names}
-    values |= {"t": torch.arange(8), "weight": torch.ones(8)}
+    values |= {"t": torch.arange(8), "weight": torch.ones(8), "label": torch.ones(8)}
     start = kind() if kind is objectives.Mapo else kind(20.0)
 
     def slope(objective: Objective) -> torch.Tensor:
@@ -312,12 +338,21 @@ def test_every_parameter_has_an_effect_on_the_gradient(kind, changes):
 def test_every_recipe_of_the_folder_builds_its_method(world, name):
     """With the objective that it is named after, and nothing but the method changed."""
     loaded = recipe.load(name)
-    assert {key.split(".")[0] for key in recipe.differences(recipe.load(QUICK), loaded)} <= {"method", "train"}
+    assert {key.split(".")[0] for key in recipe.differences(recipe.load(QUICK), loaded)} <= {"method", "train", "data"}
     family = world.family()
     pairs = world.pairs(family)
     method = parts.method(loaded, pairs, family, attach(family, moved=0.1))
     with torch.no_grad():
         assert torch.isfinite(method.loss(next(next(method.batches(0)).parts(2))).loss)
+
+
+def test_ties_are_trained_on_and_not_evaluated_on():
+    halves = recipe.load(QUICK, ["data.ties=half"])
+    kept = parts.source(halves, "train", 60)
+    assert 0.5 in {pair.label for pair in kept}
+    held_out = parts.source(halves, "heldout", 60)
+    assert {pair.label for pair in held_out} == {1.0}
+    assert held_out.report.dropped["tie"] > 0
 
 
 def test_every_kind_has_a_recipe_in_the_folder():
@@ -397,6 +432,7 @@ def test_timestep_weights_of_a_recipe_have_mean_one_over_its_range(world):
         (["method.kind=dop"], "method.kind", 'expected one of "dpo", "ipo"'),
         (["method.label_smoothing=0.1", "method.label_noise=0.1"], "method.label_noise", "not both"),
         (["method.label_noise=0.5"], "method.label_noise", "less than 0.5"),
+        (["data.ties=half", "method.kind=kto"], "data.ties", "dpo, ipo, hinge, dmpo can do without"),
         (["method.min_snr_gamma=5"], "method.min_snr_gamma", 'not "min_snr"'),
         (["method.beta=big"], "method.beta", 'a number above 0, or "auto"'),
         (["method.beta=0"], "method.beta", 'a number above 0, or "auto"'),

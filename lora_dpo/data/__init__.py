@@ -18,9 +18,12 @@ EXAMPLES_PER_REASON = 5
 
 @dataclass(frozen=True)
 class Preference:
-    """One decided comparison: encoded pictures, the first of them preferred; `origin` is "file:row".
+    """One comparison: encoded pictures, the first of them preferred.
 
-    `pictures` are winner and loser decoded, where the source had to do that anyway.
+    Attributes:
+        origin: "file:row".
+        pictures: winner and loser decoded, where the source had to do that anyway.
+        label: the probability that the first is the better one, ½ … 1; ½ is a tie.
     """
 
     prompt: str
@@ -28,6 +31,7 @@ class Preference:
     loser: bytes
     origin: str
     pictures: tuple[Image | None, Image | None] = field(default=(None, None), compare=False, repr=False)
+    label: float = 1.0
 
 
 @dataclass
@@ -37,6 +41,7 @@ class SourceReport:
     Attributes:
         rows: rows of the chosen split.
         kept: rows that became a Preference.
+        ties: how many of these are ties.
         dropped: number of rows by reason.
         examples: by reason, the first few origins with what was found there.
         elsewhere: rows of other splits; they count nowhere else.
@@ -44,6 +49,7 @@ class SourceReport:
 
     rows: int = 0
     kept: int = 0
+    ties: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     elsewhere: Counter[str] = field(default_factory=Counter)
@@ -57,7 +63,8 @@ class SourceReport:
 
     def summary(self) -> str:
         """One line, e.g. "1000 rows: 912 kept, 80 tie, 8 undecodable image"."""
-        parts = [f"{self.kept} kept", *(f"{count} {reason}" for reason, count in self.dropped.most_common())]
+        kept = f"{self.kept} kept" + (f" ({self.ties} ties)" if self.ties else "")
+        parts = [kept, *(f"{count} {reason}" for reason, count in self.dropped.most_common())]
         elsewhere = ", ".join(f"{count} in split {name!r}" for name, count in self.elsewhere.most_common())
         return f"{self.rows} rows: {', '.join(parts)}" + (f" (beside them {elsewhere})" if elsewhere else "")
 
@@ -75,7 +82,7 @@ class PreferenceSource(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Preference]:
-        """Yields the decided, usable rows; raises UserError where none is left."""
+        """Yields the usable rows; raises UserError where none is left."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -1,7 +1,8 @@
 """Pairs from a JSON-lines file beside its images.
 
 A line is `{"prompt": …, "winner": "a.png", "loser": "b.png"}`, or `{"prompt": …, "image_a": …, "image_b": …,
-"preference": "a" | "b" | "tie"}` with 1, 0 and 0.5 as other spellings; a "split" of its own is optional.
+"preference": "a" | "b" | "tie"}`; a number from 0 to 1 is the probability that a is better, such as a share of votes. A
+"split" of its own is optional.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.data.screening import Row, ScreenedSource, Selection, Unusable, content_digest
+from lora_dpo.data.screening import Row, ScreenedSource, Selection, Ties, Unusable, content_digest
 from lora_dpo.errors import UserError
 
-PREFERENCES: dict[str | float, float] = {"a": 1.0, "b": 0.0, "tie": 0.5, 1: 1.0, 0: 0.0, 0.5: 0.5}
+PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 USUAL_NAMES = ("pairs.jsonl", "metadata.jsonl")
 
 
@@ -27,7 +28,7 @@ class JsonlFolder(ScreenedSource):
 
     Args:
         path: the file, or a directory with `pairs.jsonl`, `metadata.jsonl` or one other `*.jsonl`.
-        split, heldout_split, heldout_fraction, seed, limit: see `Selection`; a row's own "split" comes first.
+        split, heldout_split, heldout_fraction, seed, limit, ties: see `Selection`; a row's own "split" comes first.
 
     Raises:
         UserError: no such file, or a directory in which it isn't clear which file is meant.
@@ -42,8 +43,9 @@ class JsonlFolder(ScreenedSource):
         heldout_fraction: float = 0.05,
         seed: int = 0,
         limit: int | None = None,
+        ties: Ties = "drop",
     ) -> None:
-        super().__init__(_jsonl(Path(path)), Selection(split, heldout_split, heldout_fraction, seed, limit))
+        super().__init__(_jsonl(Path(path)), Selection(split, heldout_split, heldout_fraction, seed, limit, ties))
         self._root = self.path.parent.resolve()
 
     def fingerprint(self) -> str:
@@ -127,10 +129,12 @@ class JsonlFolder(ScreenedSource):
 
 def _preference(record: dict[str, Any]) -> float:
     value = record.get("preference")
+    if isinstance(value, str) and value in PREFERENCES:
+        return PREFERENCES[value]
     # JSON's true would pass for 1.
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value not in PREFERENCES:
-        raise _BadLine("bad preference", f'got {value!r}, expected "a", "b" or "tie" (or 1, 0, 0.5)')
-    return PREFERENCES[value]
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise _BadLine("bad preference", f'got {value!r}, expected "a", "b", "tie" or a number from 0 to 1')
 
 
 def _jsonl(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_dpo.data.screening import Row, ScreenedSource, Selection, Unusable, content_digest
+from lora_dpo.data.screening import Row, ScreenedSource, Selection, Ties, Unusable, content_digest
 from lora_dpo.errors import UserError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "caption")
@@ -27,7 +27,7 @@ class PickAPicParquet(ScreenedSource):
         columns: our column name → the file's, for those of jpg_0, jpg_1, label_0, label_1, caption, has_label and
             split that are called differently there. With label_0 renamed alone, label_1 is not looked at.
         filter: column → the value, or list of values, that a row must have.
-        split, heldout_split, heldout_fraction, seed, limit: see `Selection`; a `split` column comes first.
+        split, heldout_split, heldout_fraction, seed, limit, ties: see `Selection`; a `split` column comes first.
 
     Raises:
         UserError: no such file, a file that is no parquet, or columns that are missing or can't hold what they should.
@@ -44,8 +44,9 @@ class PickAPicParquet(ScreenedSource):
         heldout_fraction: float = 0.05,
         seed: int = 0,
         limit: int | None = None,
+        ties: Ties = "drop",
     ) -> None:
-        super().__init__(Path(path), Selection(split, heldout_split, heldout_fraction, seed, limit))
+        super().__init__(Path(path), Selection(split, heldout_split, heldout_fraction, seed, limit, ties))
         renamed = dict(columns or {})
         if unknown := sorted(set(renamed) - {*REQUIRED, *OPTIONAL}):
             raise UserError(

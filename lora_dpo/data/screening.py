@@ -22,9 +22,12 @@ DECODERS = min(8, os.cpu_count() or 1)
 ROWS_AHEAD = 4 * DECODERS
 
 
+Ties = Literal["drop", "half"]
+
+
 @dataclass(frozen=True)
 class Row:
-    """A row as it was read: `label` is 1 where `images[0]` is preferred, 0 where `images[1]` is, 0.5 for a tie."""
+    """A row as it was read: `label` is the probability that `images[0]` is the better one; 0.5 is a tie."""
 
     origin: str
     prompt: str
@@ -53,6 +56,7 @@ class Selection:
         heldout_fraction: share of prompts held out there, by `split_by_prompt`.
         seed: of that division.
         limit: at most so many kept pairs.
+        ties: "drop" leaves them out; "half" keeps them, with the label ½.
     """
 
     split: str | None = None
@@ -60,6 +64,7 @@ class Selection:
     heldout_fraction: float = 0.05
     seed: int = 0
     limit: int | None = None
+    ties: Ties = "drop"
 
     def elsewhere(self, row: Row | Unusable) -> str | None:
         """The name of the split that the row belongs to, if it is not the wanted one."""
@@ -97,6 +102,7 @@ class ScreenedSource(PreferenceSource):
                 report.drop(judged.reason, judged.origin, judged.detail)
                 continue
             report.kept += 1
+            report.ties += judged.label == 0.5
             yield judged
             if report.kept == self.selection.limit:
                 return
@@ -133,13 +139,13 @@ class ScreenedSource(PreferenceSource):
     def _judge(self, row: Row) -> Preference | Unusable:
         if not row.prompt.strip():
             return Unusable(row.origin, "blank caption")
-        if row.label == 0.5:
+        if row.label == 0.5 and self.selection.ties == "drop":
             return Unusable(row.origin, "tie")
-        if row.label not in (0, 1):
-            return Unusable(row.origin, "label out of range", f"got {row.label}, expected 0, 0.5 (tie) or 1")
+        if not 0 <= row.label <= 1:
+            return Unusable(row.origin, "label out of range", f"got {row.label}, expected 0 to 1 (0.5: tie)")
         if row.images[0] == row.images[1]:
             return Unusable(row.origin, "identical images")
-        winner, loser = row.images if row.label == 1 else row.images[::-1]
+        winner, loser = row.images if row.label >= 0.5 else row.images[::-1]
         pictures = []
         for image in (winner, loser):
             try:
@@ -147,7 +153,8 @@ class ScreenedSource(PreferenceSource):
                 pictures.append(None if seen else decode(image, row.origin))
             except UserError as error:
                 return Unusable(row.origin, "undecodable image", error.what)
-        return Preference(row.prompt, winner, loser, row.origin, (pictures[0], pictures[1]))
+        label = max(row.label, 1 - row.label)
+        return Preference(row.prompt, winner, loser, row.origin, (pictures[0], pictures[1]), label)
 
 
 def content_digest(files: Mapping[str, Path], *settings: object) -> str:

@@ -228,7 +228,7 @@ class PairMethod(Method):
         weight = torch.ones_like(found["winner"], requires_grad=False)
         if self._timestep_weights is not None:
             weight = self._timestep_weights.to(part.t.device)[part.t].to(weight)
-        errors = PairErrors(t=part.t, weight=weight, **found)
+        errors = PairErrors(t=part.t, weight=weight, label=part.label, **found)
         per_pair = self.objective(errors)
         sums = _sums(self.objective, errors, per_pair)
         if stored is not None:
@@ -282,7 +282,9 @@ def _sums(objective: Objective, errors: PairErrors, per_pair: Tensor) -> dict[st
     logged = {"loss": per_pair}
     margin = objective.margin(errors)
     if margin is not None:
-        logged |= {"implicit_accuracy": 0.5 * (torch.sign(margin) + 1), "margin": margin}
+        right = 0.5 * (torch.sign(margin) + 1)
+        accuracy = errors.label * right + (1 - errors.label) * (1 - right)
+        logged |= {"implicit_accuracy": accuracy, "margin": margin}
     names = {"winner": "error_winner", "loser": "error_loser"}
     names |= {f"ref_{side}": f"ref_{name}" for side, name in names.items()}
     names |= {name: name for name in ("shift_winner", "shift_loser", "overlap")}

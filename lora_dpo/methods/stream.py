@@ -58,6 +58,7 @@ class Part:
         batch_pairs: pairs in the whole optimizer step.
         noise, t: ε and timestep of the winner, and of the loser too unless images are independent.
         noise_loser, t_loser: of the loser.
+        label: the probability that the winner is the better one; ½ is a tie.
         seed: the stream's, of the adapters' dropout, which is the one draw made inside a pass.
     """
 
@@ -71,6 +72,7 @@ class Part:
     t: Int[Tensor, " pair"]
     noise_loser: Float[Tensor, "pair c h w"]
     t_loser: Int[Tensor, " pair"]
+    label: Float[Tensor, " pair"]
     conditioning_winner: Conditioning
     conditioning_loser: Conditioning
     seed: int
@@ -109,6 +111,7 @@ class Part:
             t=self.t[at],
             noise_loser=self.noise_loser[at],
             t_loser=self.t_loser[at],
+            label=self.label[at],
             conditioning_winner={name: value[at] for name, value in self.conditioning_winner.items()},
             conditioning_loser={name: value[at] for name, value in self.conditioning_loser.items()},
         )
@@ -278,6 +281,7 @@ class PairStream:
             t=t,
             noise_loser=noise_loser,
             t_loser=t_loser,
+            label=torch.tensor([pair.label for pair in pairs], device=device),
             conditioning_winner=self.family.with_geometry(
                 conditioning, torch.cat([pair.winner_geometry for pair in pairs]).to(device)
             ),

@@ -11,6 +11,7 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.cache import CachedPairs, fill
 from lora_dpo.data.framing import Framing
 from lora_dpo.data.pickapic import PickAPicParquet
+from lora_dpo.data.screening import Ties
 from lora_dpo.families import Family
 from lora_dpo.families.sdxl import SDXL
 from lora_dpo.families.stable_diffusion import StableDiffusion
@@ -33,8 +34,8 @@ class World:
     def family(self) -> Family:
         return self.kind(self.base)
 
-    def pairs(self, family: Family) -> CachedPairs:
-        return fill(PickAPicParquet(self.data), family, self.cache, self.framing)
+    def pairs(self, family: Family, *, ties: Ties = "drop") -> CachedPairs:
+        return fill(PickAPicParquet(self.data, ties=ties), family, self.cache, self.framing)
 
 
 def make_world(directory: Path, kind: type[SDXL] | type[StableDiffusion] = SDXL, **options: str) -> World:

@@ -26,6 +26,7 @@ class PairErrors:
     Attributes:
         t: the draw's timestep.
         weight: w(t), which multiplies the margin inside the sigmoid; 1 for the constant weighting of the paper's code.
+        label: the probability that the winner is the better one: 1 where someone decided, ½ for a tie.
         winner, loser: the policy's errors, mean (ε_θ − ε)². `loser` if needed.
         ref_winner, ref_loser: the reference's, with "reference"; they have no gradient.
         shift_winner, shift_loser: mean (ε_θ − ε_ref)², with "shift": how far the policy moved from the reference.
@@ -36,6 +37,7 @@ class PairErrors:
 
     t: Int[Tensor, " pair"]
     weight: Float[Tensor, " pair"]
+    label: Float[Tensor, " pair"]
     winner: Float[Tensor, " pair"]
     loser: Float[Tensor, " pair"]
     ref_winner: Float[Tensor, " pair"]

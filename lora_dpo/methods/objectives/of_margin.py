@@ -40,13 +40,13 @@ class OfMargin(Objective):
         return frozenset({"loser", "reference"} if self.safeguard is None else {"loser", "reference", "overlap"})
 
     @abstractmethod
-    def of(self, u: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        """The loss of u."""
+    def of(self, u: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        """The loss of u, where the winner is the better one with probability `label`."""
 
     def __call__(self, errors: PairErrors) -> Float[Tensor, " pair"]:
         if self.safeguard is not None:
             errors = errors.replaced(loser=losses.with_gradient_scaled(errors.loser, self._share(errors)))
-        loss = self.of(self.margin(errors))
+        loss = self.of(self.margin(errors), errors.label)
         if self.anchor_weight:
             loss = loss + self.anchor_weight * losses.anchor_term(errors.winner, errors.ref_winner, self.beta)
         if self.sft_weight:
@@ -89,8 +89,8 @@ class Dpo(OfMargin):
     label_smoothing: float = 0.0
     label_noise: float = 0.0
 
-    def of(self, u: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        return losses.cross_entropy(u, losses.debiased(losses.smoothed(1.0, self.label_smoothing), self.label_noise))
+    def of(self, u: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        return losses.cross_entropy(u, losses.debiased(losses.smoothed(label, self.label_smoothing), self.label_noise))
 
 
 @final
@@ -98,8 +98,8 @@ class Dpo(OfMargin):
 class Ipo(OfMargin):
     """IPO: (u − ½)²."""
 
-    def of(self, u: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        return losses.ipo(u)
+    def of(self, u: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        return losses.ipo(u, label)
 
 
 @final
@@ -107,8 +107,8 @@ class Ipo(OfMargin):
 class Hinge(OfMargin):
     """max(0, 1 − u)."""
 
-    def of(self, u: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        return losses.hinge(u)
+    def of(self, u: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        return losses.hinge(u, label)
 
 
 @final
@@ -118,5 +118,5 @@ class Dmpo(OfMargin):
 
     alpha: float = 0.01
 
-    def of(self, u: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-        return losses.dmpo(u, self.alpha)
+    def of(self, u: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+        return losses.dmpo(u, self.alpha, label)

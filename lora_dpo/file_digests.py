@@ -48,11 +48,10 @@ def file_digests(paths: Sequence[Path]) -> Iterator[bytes]:
                 known = [memory.get(key) for key in keys]
                 made = [None if found else pool.submit(_read, path) for path, found in zip(part, known, strict=True)]
                 for path, key, found, future in zip(part, keys, known, made, strict=True):
+                    digest = found or (_read(path) if future is None else future.result())
                     if found is None:
-                        assert future is not None
-                        found = future.result()
-                        memory.put(path, "bytes", key, found)
-                    yield found
+                        memory.put(path, "bytes", key, digest)
+                    yield digest
         finally:
             pool.shutdown(cancel_futures=True)
 

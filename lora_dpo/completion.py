@@ -144,7 +144,7 @@ def write_card(recipe: Recipe, run_dir: Path, result: dict[str, Any], repo: str 
         result,
         base_model=recipe.base.model,
         data_source=recipe.data.path,
-        data_report=SourceReport(data["rows"], data["kept"], Counter(data["dropped"])),
+        data_report=SourceReport(rows=data["rows"], kept=data["kept"], dropped=Counter(data["dropped"])),
         method=recipe.method.model_dump(mode="json"),
         settings={name: value for name, value in settings.items() if name not in ("keep_checkpoints", "start")},
         sum_form_beta=sum_form_beta(beta, result["latent_shape"]) if beta is not None else None,

@@ -134,7 +134,7 @@ def test_both_go_back_from_a_spike_and_end_with_the_same_average(told, folder, t
     first, second = told["watched"]
     alone = support.watched(ALONE, tmp_path)
     assert first["failure"] is second["failure"] is alone["failure"] is None
-    assert "back to step 8" in first["messages"][0], first["messages"]
+    assert any("back to step 8" in message for message in first["messages"]), first["messages"]
     assert first["messages"][0] == alone["messages"][0]
     assert len(first["digests"]) == len(alone["digests"]) > 24
     assert first["digests"] == second["digests"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
 from lora_dpo.distributed import Processes, connect
+from lora_dpo.errors import UserError
 from lora_dpo.families import Family
 from lora_dpo.progress import NoProgress, Progress, make_progress
 from lora_dpo.recipe import Recipe
@@ -46,7 +48,13 @@ class Outcome:
 
 
 def run(
-    recipe: Recipe, run_dir: Path, *, push_to_hub: str | None = None, quiet: bool = False, fresh: bool = False
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    push_to_hub: str | None = None,
+    quiet: bool = False,
+    fresh: bool = False,
+    resume: bool = True,
 ) -> Outcome:
     """Everything a recipe asks for, in `run_dir`; what is there already is not done again.
 
@@ -54,9 +62,11 @@ def run(
 
     Args:
         fresh: a run that is there is renamed first, to `run_dir` + ".old-1" or the next free number.
+        resume: go on with a run that is there; False: refuse to.
 
     Raises:
-        UserError: input that can't be used, a run directory of another recipe or of a living process, no disk space.
+        UserError: input that can't be used, a run directory of another recipe, of other data or another base model, or
+            of a living process, no disk space.
         LoraDpoError: training diverged, or the adapter that was written is not the one that was trained.
         Interrupted: Ctrl-C or SIGTERM; the run resumes.
     """
@@ -65,14 +75,24 @@ def run(
     optimizers.require(recipe.train.optimizer, device)
     require_trackers(recipe.output.trackers)
 
-    def differences(file: Path) -> list[str]:
-        return recipes.differences(recipes.load(str(file)), recipe)
+    def differences(file: Path) -> run_dirs.Differences:
+        found = run_dirs.Differences([], [])
+        for key, (old, new) in recipes.differences(file, recipe).items():
+            side = found.other if recipes.resumes(key, recipe) else found.learned
+            side.append(f"{key}: {json.dumps(old)} → {json.dumps(new)}")
+        return found
 
     def finished() -> dict[str, Any] | None:
         if push_to_hub is not None:
             hub.require_access(push_to_hub)
         if fresh and (aside := run_dirs.set_aside(run_dir)) is not None:
             progress.message(f"the run that was there is now in {aside}")
+        if not resume and run_dirs.begun(run_dir):
+            raise UserError(
+                f"there is a run already, with step {checkpoint.newest_step(run_dir)} saved",
+                where=run_dir,
+                hint="give another --run-dir; --resume auto goes on with it, --fresh starts over",
+            )
         return run_dirs.finished(run_dir, differences)
 
     # A finished run is only read; everything else is for one run at a time.
@@ -80,23 +100,37 @@ def run(
     if held is not None:
         outcome = Outcome(run_dir, held, already=True, is_main=processes.is_main)
     else:
+        start = processes.together(partial(parts.start_origin, recipe))
+        family = processes.together(partial(parts.family, recipe, device), patient=True)
         with ExitStack() as lock:
 
-            def claim() -> None:
+            def claim() -> dict[str, Any] | None:
                 lock.enter_context(run_dirs.locked(run_dir))
-                run_dirs.claim(run_dir, recipes.dump(recipe), differences)
+                if (by_another := run_dirs.finished(run_dir, differences)) is None:
+                    _require_same_run(recipe, run_dir, family, start)
+                    run_dirs.claim(run_dir, recipes.dump(recipe))
+                return by_another
 
-            processes.on_main(claim)
-            result = _stoppable(recipe, run_dir, device, progress, processes)
-            outcome = Outcome(run_dir, result, is_main=processes.is_main)
+            held = processes.from_main(claim)
+            result = held or _stoppable(recipe, run_dir, family, device, progress, processes)
+            outcome = Outcome(run_dir, result, already=held is not None, is_main=processes.is_main)
     if push_to_hub is not None:
         outcome = replace(outcome, pushed=processes.from_main(lambda: _push(recipe, run_dir, outcome, push_to_hub)))
     processes.close()
     return outcome
 
 
+def _require_same_run(recipe: Recipe, run_dir: Path, family: Family, start: dict[str, str] | None) -> None:
+    """Before anything is written, encoded or loaded: are these the data and the base model of the checkpoint?"""
+    found = checkpoint.latest(run_dir, lambda _: None)
+    if found is not None:
+        checkpoint.require_steps(found, recipe.train.steps)
+        known = parts.identity(recipe, family, start)
+        checkpoint.require_identity(found, known | {"pairs": found.identity.get("pairs")})
+
+
 def _stoppable(
-    recipe: Recipe, run_dir: Path, device: torch.device, progress: Progress, processes: Processes
+    recipe: Recipe, run_dir: Path, family: Family, device: torch.device, progress: Progress, processes: Processes
 ) -> dict[str, Any]:
     """`_execute`, with words for Ctrl-C and SIGTERM wherever they come; training itself finishes its step first."""
     try:
@@ -106,7 +140,7 @@ def _stoppable(
                     started = partial(stack.enter_context, parts.trackers(recipe, run_dir, progress.message))
                     trackers = processes.on_main(started)
                     track = trackers.log if trackers is not None else lambda _: None
-                    return _execute(recipe, run_dir, device, progress, processes, track)
+                    return _execute(recipe, run_dir, family, device, progress, processes, track)
             except KeyboardInterrupt as error:
                 step = checkpoint.newest_step(run_dir)
                 saved = f"step {step} of {recipe.train.steps} is saved in {run_dir}" if step else "no step is saved yet"
@@ -132,6 +166,7 @@ def _pushed(result: dict[str, Any]) -> list[str]:
 def _execute(
     recipe: Recipe,
     run_dir: Path,
+    family: Family,
     device: torch.device,
     progress: Progress,
     processes: Processes,
@@ -141,7 +176,6 @@ def _execute(
     peak_memory.restart(device)
     begun = parts.start(recipe)
     start = begun.origin() if begun is not None else None
-    family = parts.family(recipe, device)
     directory = parts.cache_dir(recipe)
     # They divide the work where they share the directory.
     pairs = processes.together(partial(inputs.pairs, recipe, family, directory, progress), patient=True)
@@ -218,7 +252,7 @@ def _train(
         learning_rate=learning_rate,
         steps=chosen.steps,
         run_dir=run_dir,
-        identity=parts.identity(recipe, pairs, family, start),
+        identity=parts.identity(recipe, family, start) | {"pairs": pairs.fingerprint},
         reporter=progress,
         device=device,
         micro_batch_pairs=chosen.micro_batch_pairs,

@@ -204,6 +204,26 @@ def tidy(run_dir: Path | str) -> None:
             shutil.rmtree(staging)
 
 
+def require_steps(checkpoint: Checkpoint, steps: int) -> None:
+    """Raise a UserError if it is beyond `steps`."""
+    if checkpoint.step > steps:
+        raise UserError(
+            f"it has {checkpoint.step} steps already, {steps} are asked for",
+            where=checkpoint.path,
+            hint=f"ask for at least {checkpoint.step} steps, or give another --run-dir",
+        )
+
+
+def other_versions(checkpoint: Checkpoint) -> list[str]:
+    """The libraries that were others when it was written, old → new."""
+    now = _versions()
+    return [
+        f"{name} {checkpoint.versions.get(name, 'absent')} → {now.get(name, 'absent')}"
+        for name in sorted(checkpoint.versions.keys() | now.keys())
+        if checkpoint.versions.get(name) != now.get(name)
+    ]
+
+
 def require_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """Raise a UserError with every key that differs, old → new, if the checkpoint belongs to another run."""
     old, new = _flat(checkpoint.identity), _flat(json.loads(json.dumps(identity)))

@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -44,6 +45,15 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Replace single keys, as TOML.")
 ]
 APP = "lora_dpo_app"
+
+
+class Resume(Enum):
+    """Of a run that is in the folder."""
+
+    auto = "auto"
+    never = "never"
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 
 
@@ -142,6 +152,9 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over; a run that is in the folder is renamed, never deleted.")
     ] = False,
+    resume: Annotated[
+        Resume, typer.Option("--resume", help="auto: go on with a run that is in the folder; never: refuse to.")
+    ] = Resume.auto,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -158,8 +171,9 @@ def train(
         from lora_dpo import build
 
         outcome = build.run(
-            resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh
-        )
+            resolved, directory, push_to_hub=push_to_hub or resolved.output.hub_repo, quiet=quiet, fresh=fresh,
+            resume=resume is Resume.auto,
+        )  # fmt: skip
     if as_json and outcome.is_main:
         _print_json(outcome.result | {"run_dir": str(directory), "pushed": outcome.pushed})
     elif outcome.is_main:

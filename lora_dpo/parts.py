@@ -33,10 +33,10 @@ from lora_dpo.start import start_from
 from lora_dpo.trackers import Trackers
 
 
-def identity(
-    recipe: Recipe, pairs: cache.CachedPairs, family: Family, start: dict[str, str] | None = None
-) -> dict[str, Any]:
+def identity(recipe: Recipe, family: Family, start: dict[str, str] | None = None) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it share: the recipe where it matters, and the bytes behind.
+
+    All of it but the pairs that the data turn out to hold; no network is loaded.
 
     Args:
         start: `origin` of the adapter that training starts from.
@@ -46,10 +46,15 @@ def identity(
     for key in recipes.FREE_KEYS:
         section, _, name = key.partition(".")
         values.get(section, {}).pop(name, None)
+    if recipes.resumes("train.steps", recipe):
+        del values["train"]["steps"]
+    made_of = family.fingerprint()
     return values | {
+        "data": source(recipe, recipe.data.split).fingerprint(),
         "caption_dropout": recipe.data.caption_dropout,
-        "pairs": pairs.fingerprint,
-        "denoiser": family.fingerprint()["unet"],
+        "denoiser": made_of["unet"],
+        "vae": made_of["vae"],
+        "text_encoders": made_of["text_encoders"],
         "dtype": recipe.base.dtype,
         "quantization": recipe.base.quantization,
         "prediction_type": family.schedule.prediction_type,
@@ -147,6 +152,12 @@ def start(recipe: Recipe) -> Source | None:
         UserError: it can't be read, or is no LoRA of a UNet.
     """
     return sources.open_source(Path(recipe.adapter.start)) if recipe.adapter.start is not None else None
+
+
+def start_origin(recipe: Recipe) -> dict[str, str] | None:
+    """Its `origin`; what it holds, twice as large as the adapter, is not kept. UserError as `start`."""
+    found = start(recipe)
+    return found.origin() if found is not None else None
 
 
 def adapters(recipe: Recipe, family: Family, start: Source | None, tell: Callable[[str], None]) -> Adapters:

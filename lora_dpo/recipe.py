@@ -6,6 +6,7 @@ these models; everything below takes plain arguments.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_dpo import recipe_toml
+from lora_dpo.errors import UserError
 from lora_dpo.recipe_checks import TINYWORLD, contradictions, may_be_hub_id
 from lora_dpo.recipe_errors import Problem, RecipeError, shown, translate
 from lora_dpo.recipe_methods import METHODS, REFUSED, Dpo
-from lora_dpo.recipe_sections import FREE_KEYS, KINDS, SECTIONS, Recipe
+from lora_dpo.recipe_sections import CONTENT_KEYS, FREE_KEYS, KINDS, SECTIONS, Recipe
 from lora_dpo.recipe_toml import Document, Key
 
 
@@ -66,18 +68,41 @@ def dump(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`section.key` of everything that differs, `output` and `FREE_KEYS` left out; of another kind, what both have."""
-    one, two = old.model_dump(), new.model_dump()
-    found = []
-    for section in one:
-        if section == "output" or section in FREE_KEYS:
+def differences(held: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """`section.key` → (in a run's recipe file, here) of all that differs, `output` and `FREE_KEYS` left out.
+
+    Of a section of another kind, what both have. The file is only read: its paths may be gone, and an earlier version
+    may have written it.
+
+    Raises:
+        UserError: it is no TOML.
+    """
+    try:
+        written: dict[str, Any] = tomllib.loads(held.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "give another --run-dir, or start over with --fresh"
+        raise UserError(f"can't be read ({error})", where=held, hint=hint) from error
+    found = {}
+    for section, here in recipe.model_dump(mode="json").items():
+        there = written.get(section, {})
+        if section == "output" or not isinstance(here, dict) or not isinstance(there, dict):
             continue
-        here, there = one[section], two[section]
-        other_kind = here.get("kind") != there.get("kind")
-        keys = [key for key in here | there if not other_kind or (key in here and key in there)]
-        found += [f"{section}.{key}" for key in keys if here.get(key) != there.get(key)]
-    return [key for key in found if key not in FREE_KEYS]
+        other_kind = here.get("kind") != there.get("kind", here.get("kind"))
+        for key in [key for key in here | there if not other_kind or (key in here and key in there)]:
+            old = there[key] if key in there else _plain_default(section, key, there.get("kind"))
+            if old != here.get(key) and f"{section}.{key}" not in FREE_KEYS:
+                found[f"{section}.{key}"] = (old, here.get(key))
+    return found
+
+
+def resumes(key: str, recipe: Recipe) -> bool:
+    """Whether a run may go on with this recipe where it differs in the key: what was trained stays as it is.
+
+    Steps may be added where the learning rate doesn't depend on their number. Files may have moved: their content is
+    compared with the checkpoint's.
+    """
+    added = key == "train.steps" and recipe.train.schedule == "constant"
+    return added or key in CONTENT_KEYS or key.startswith("evaluate.")
 
 
 def json_schema() -> dict[str, Any]:
@@ -120,6 +145,15 @@ def _default(section: str, name: str, kind: object) -> Any:
     if field.is_required():
         raise KeyError(name)
     return field.default
+
+
+def _plain_default(section: str, name: str, kind: object) -> Any:
+    """As JSON has it; None if there is none."""
+    try:
+        default = _default(section, name, kind)
+    except KeyError:
+        return None
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _translated(entry: Any, values: dict[str, Any]) -> tuple[Key, str]:

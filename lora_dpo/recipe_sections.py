@@ -176,3 +176,5 @@ FREE_KEYS = frozenset(
         "method.reference_cache",
     }
 )
+# Keys that name files; what a run is learned from is told by their content, wherever they lie.
+CONTENT_KEYS = frozenset({"data.path", "base.model", "base.revision", "base.vae", "base.config", "adapter.start"})

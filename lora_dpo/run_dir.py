@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_dpo import atomic
 from lora_dpo.errors import UserError
@@ -18,11 +18,23 @@ ADAPTER, KOHYA, SAMPLES = "adapter", "kohya", "samples"
 GRID, CURVES, CARD = "before_after.png", "curves.png", "README.md"
 
 
-def finished(run_dir: Path, differences: Callable[[Path], list[str]]) -> dict[str, Any] | None:
+class Differences(NamedTuple):
+    """Where the recipe of a run and the one that is to be trained differ, key by key, with both values.
+
+    Attributes:
+        learned: in what is learned: the run can't go on with this recipe.
+        other: in the rest: what was trained stays, and what comes after it is made anew.
+    """
+
+    learned: list[str]
+    other: list[str]
+
+
+def finished(run_dir: Path, differences: Callable[[Path], Differences]) -> dict[str, Any] | None:
     """The result, if the run in this directory is finished with just this recipe. Nothing is written.
 
     Args:
-        differences: which keys of the recipe in a file differ from this one's, where that matters.
+        differences: of the recipe in a file.
 
     Raises:
         UserError: the directory belongs to another recipe, or holds other things.
@@ -33,15 +45,14 @@ def finished(run_dir: Path, differences: Callable[[Path], list[str]]) -> dict[st
             raise UserError("this is a file", where=run_dir, hint="give a folder as --run-dir")
         if held.exists():
             differing = differences(held)
-            others = [key for key in differing if not key.startswith("evaluate.")]
             # A run that failed before its first step, on a wrong path for instance, has nothing to lose.
-            if others and (run_dir / METRICS).exists():
+            if differing.learned and begun(run_dir):
                 raise UserError(
-                    f"this run directory belongs to another recipe, which differs in {', '.join(others)}",
+                    f"this run directory belongs to another recipe: {'; '.join(differing.learned)}",
                     where=run_dir,
                     hint=f"give another --run-dir, train the recipe that is there ({held}), or start over with --fresh",
                 )
-            return None if differing else read_result(run_dir)
+            return None if any(differing) else read_result(run_dir)
         if run_dir.is_dir() and (names := sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("."))):
             raise UserError(
                 f"this folder is no run directory: it holds {', '.join(names[:3])} and no {RECIPE}",
@@ -51,28 +62,28 @@ def finished(run_dir: Path, differences: Callable[[Path], list[str]]) -> dict[st
     return None
 
 
-def claim(run_dir: Path, recipe: str, differences: Callable[[Path], list[str]]) -> dict[str, Any] | None:
-    """Makes the directory this recipe's; the result, if the run is finished with just this recipe.
+def begun(run_dir: Path) -> bool:
+    """Whether a run has made, or is about to make, its first step here."""
+    return (run_dir / METRICS).exists()
 
-    Keys of `evaluate` may differ: the recipe is then replaced and the result taken away, while all that was trained
-    stays. Call it under the directory's lock.
+
+def claim(run_dir: Path, recipe: str) -> None:
+    """Makes the directory this recipe's: the recipe is replaced and the result taken away; what was trained stays.
+
+    Call it under the directory's lock, after `finished`.
 
     Args:
         recipe: the resolved recipe as TOML.
-        differences: as for `finished`.
 
     Raises:
-        UserError: as `finished`, or the directory can't be written.
+        UserError: the directory can't be written.
     """
-    if (result := finished(run_dir, differences)) is not None:
-        return result
     with atomic.clear_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         _remove_partial_files(run_dir)
         # The result first: it must never stand beside a recipe that it doesn't belong to.
         (run_dir / RESULT).unlink(missing_ok=True)
         atomic.replace(run_dir / RECIPE, recipe.encode())
-    return None
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -20,7 +20,7 @@ from lora_dpo import atomic, checkpoint, optimizers, peak_memory
 from lora_dpo.adapters import Adapters
 from lora_dpo.distributed import Processes
 from lora_dpo.ema import Ema
-from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.errors import LoraDpoError
 from lora_dpo.methods import Method, StepBatch
 from lora_dpo.metrics_file import HELD_OUT, MetricsFile
 from lora_dpo.progress import Progress
@@ -132,15 +132,12 @@ def train(
     found = processes.from_main(lambda: checkpoint.latest(run_dir, reporter.message))
     if found is not None:
         checkpoint.require_identity(found, identity)
-        if found.step > steps:
-            raise UserError(
-                f"it has {found.step} steps already, {steps} are asked for",
-                where=found.path,
-                hint=f"ask for at least {found.step} steps, or give another --run-dir",
-            )
+        checkpoint.require_steps(found, steps)
         restore(found)
         done, rollbacks = found.step, found.rollbacks
         reporter.message(f"resumed at step {done} of {steps} from {found.path}")
+        if others := checkpoint.other_versions(found):
+            reporter.message(f"written by other versions ({', '.join(others)}): from here on equal to rounding only")
     resumed_from = done
 
     def averaged() -> dict[str, Tensor] | None:

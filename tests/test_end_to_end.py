@@ -198,8 +198,8 @@ def test_killed_and_resumed_it_ends_with_the_same_adapter(
 
 def test_another_recipe_is_refused_and_the_run_is_left_alone(finished: build.Outcome, world: Path) -> None:
     before = (finished.run_dir / "result.json").read_bytes()
-    with pytest.raises(UserError, match=r"differs in method\.beta, train\.steps"):
-        build.run(recipe.load(str(world / "small.toml"), ["train.steps=8", "method.beta=1"]), finished.run_dir)
+    with pytest.raises(UserError, match=r"another recipe: adapter\.rank: 4 → 8; method\.beta: 500\.0 → 1\.0"):
+        build.run(recipe.load(str(world / "small.toml"), ["adapter.rank=8", "method.beta=1"]), finished.run_dir)
     assert (finished.run_dir / "result.json").read_bytes() == before
 
 

@@ -20,7 +20,7 @@ from lora_dpo.methods import losses, objectives
 from lora_dpo.methods.objectives import Objective, PairErrors
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recipe_errors import RecipeError
-from lora_dpo.recipe_toml import shipped_names
+from lora_dpo.recipe_toml import find, shipped_names
 from tests.support.models import save_random_pairs
 from tests.support.toy import Run
 from tests.support.training import World, attach, make_world, stream
@@ -338,7 +338,7 @@ def test_every_parameter_has_an_effect_on_the_gradient(kind, changes):
 def test_every_recipe_of_the_folder_builds_its_method(world, name):
     """With the objective that it is named after, and nothing but the method changed."""
     loaded = recipe.load(name)
-    assert {key.split(".")[0] for key in recipe.differences(recipe.load(QUICK), loaded)} <= {"method", "train", "data"}
+    assert {key.split(".")[0] for key in recipe.differences(find(QUICK), loaded)} <= {"method", "train", "data"}
     family = world.family()
     pairs = world.pairs(family)
     method = parts.method(loaded, pairs, family, attach(family, moved=0.1))

@@ -174,7 +174,7 @@ def test_extends_by_path_and_by_shipped_name(write) -> None:
     assert loaded.adapter.targets == ("to_q",)
     assert loaded.name == "child"
     shipped = recipe.load(str(write('extends = "quickstart"\n', "q.toml")))
-    assert recipe.differences(shipped, recipe.load("quickstart")) == []
+    assert recipe.differences(write(recipe.dump(shipped), "held.toml"), recipe.load("quickstart")) == {}
 
 
 def test_a_problem_of_the_parent_is_shown_in_the_parents_file(write) -> None:
@@ -247,14 +247,36 @@ def test_the_schema_refuses_an_unknown_key() -> None:
 
 
 def test_differences_leave_out_what_does_not_change_the_result(write) -> None:
-    one = recipe.load(str(write(GOOD)))
+    held = write(recipe.dump(recipe.load(str(write(GOOD)))), "held.toml")
+    assert recipe.differences(held, recipe.load(str(held))) == {}
     two = recipe.load(
         str(write(GOOD)),
         ["train.steps=3", "method.beta=1", "train.device=cpu", "output.hub_repo=a/b", "train.micro_batch_pairs=2"],
     )
-    assert recipe.differences(one, two) == ["method.beta", "train.steps"]
+    steps = recipe.load(str(held)).train.steps
+    assert recipe.differences(held, two) == {"method.beta": (2000.0, 1.0), "train.steps": (steps, 3)}
     other = recipe.load(str(write(GOOD)), ["method.kind=sft"])
-    assert recipe.differences(one, other) == ["method.kind"]
+    assert list(recipe.differences(held, other)) == ["method.kind"]
+
+
+def test_a_run_s_recipe_is_compared_even_if_it_could_not_be_trained_any_more(write) -> None:
+    """An earlier version wrote it, without a key and with one that is gone, and its data have moved."""
+    new = recipe.load(str(write(GOOD)), ["evaluate.prompts=3"])
+    held = recipe.dump(new).replace('path = "tinyworld"', 'path = "/no/such/place"').replace("rslora = false\n", "")
+    held = held.replace("[train]\n", "[train]\ngone = 3\n")
+    found = recipe.differences(write(held, "held.toml"), new)
+    assert found == {"data.path": ("/no/such/place", "tinyworld"), "train.gone": (3, None)}
+    assert [recipe.resumes(key, new) for key in found] == [True, False]
+    with pytest.raises(UserError, match="can't be read"):
+        recipe.differences(write("name = ", "broken.toml"), new)
+
+
+def test_steps_may_be_added_where_no_schedule_ends_with_them(write) -> None:
+    constant = recipe.load(str(write(GOOD)))
+    cosine = recipe.load(str(write(GOOD)), ["train.schedule=cosine"])
+    assert [recipe.resumes("train.steps", one) for one in (constant, cosine)] == [True, False]
+    assert recipe.resumes("evaluate.prompts", cosine)
+    assert not recipe.resumes("adapter.rank", constant)
 
 
 KEYS = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True)

@@ -45,8 +45,8 @@ def holder(directory: Path) -> Iterator[int]:
     assert process.returncode == -signal.SIGKILL
 
 
-def same(_file: Path) -> list[str]:
-    return []
+def same(_file: Path) -> run_dirs.Differences:
+    return run_dirs.Differences([], [])
 
 
 def test_the_second_process_is_told_who_is_there_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
@@ -124,12 +124,12 @@ def test_claiming_removes_what_a_killed_process_was_writing(tmp_path: Path) -> N
     for name in (".result.json.partial", "adapter/.x.safetensors.partial"):
         (tmp_path / name).touch()
     (tmp_path / ".notes.old").touch()
-    run_dirs.claim(tmp_path, "name = 'x'\n", same)
+    run_dirs.claim(tmp_path, "name = 'x'\n")
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".notes.old", "recipe.toml"]
 
 
 def test_a_finished_run_is_read_without_the_lock_and_without_writing(tmp_path: Path) -> None:
-    run_dirs.claim(tmp_path, "name = 'x'\n", same)
+    run_dirs.claim(tmp_path, "name = 'x'\n")
     run_dirs.finish(tmp_path, {"steps": 3})
     with holder(tmp_path):
         before = sorted((p.name, p.stat().st_mtime_ns) for p in tmp_path.iterdir())
@@ -141,7 +141,7 @@ def test_set_aside_renames_and_never_overwrites(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert run_dirs.set_aside(run) is None
     for number in (1, 2):
-        run_dirs.claim(run, f"name = '{number}'\n", same)
+        run_dirs.claim(run, f"name = '{number}'\n")
         assert run_dirs.set_aside(run) == tmp_path / f"run.old-{number}"
         assert not run.exists()
     assert [(tmp_path / f"run.old-{n}" / "recipe.toml").read_text() for n in (1, 2)] == ["name = '1'\n", "name = '2'\n"]
@@ -152,7 +152,7 @@ def test_set_aside_leaves_a_running_run_and_other_folders_alone(tmp_path: Path) 
     (tmp_path / "thesis.tex").touch()
     assert run_dirs.set_aside(tmp_path) is None
     run = tmp_path / "run"
-    run_dirs.claim(run, "name = 'x'\n", same)
+    run_dirs.claim(run, "name = 'x'\n")
     with holder(run) as pid, pytest.raises(UserError, match=f"pid {pid}"):
         run_dirs.set_aside(run)
     assert (run / "recipe.toml").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dpo import build, checkpoint, cli, completion, export, figures, recipe, sampling
+from lora_dpo.errors import UserError
 from lora_dpo.families.stable_diffusion import StableDiffusion
 from lora_dpo.methods.pairs import PairMethod
 from tests.support.models import save_random_pairs, save_random_sd
@@ -133,3 +135,74 @@ def test_a_second_signal_ends_what_the_first_one_is_still_unwinding() -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50, check=False
     )
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+
+
+def copy_of(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def changed_base(world: Path, tmp_path: Path, component: str) -> str:
+    """Another folder, with one weight of the component changed."""
+    base = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    [file] = (base / component).glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return f'base.model="{base}"'
+
+
+def changed_data(world: Path, tmp_path: Path) -> str:
+    save_random_pairs(tmp_path / "pairs.parquet", 13)
+    return f'data.path="{tmp_path / "pairs.parquet"}"'
+
+
+@pytest.mark.parametrize("what", ["denoiser", "vae", "text_encoders", "data"])
+def test_other_files_are_found_out_before_anything_is_loaded_or_written(
+    world, finished, tmp_path, monkeypatch, what
+) -> None:
+    run = copy_of(finished, tmp_path)
+    component = {"denoiser": "unet", "vae": "vae", "text_encoders": "text_encoder"}.get(what)
+    other = changed_base(world, tmp_path, component) if component else changed_data(world, tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for name in ("denoiser", "encode_images", "encode_prompts"):
+        monkeypatch.setattr(StableDiffusion, name, property(lambda _: pytest.fail("loaded")))
+    with pytest.raises(UserError, match=rf'belongs to another run: {what}: "\w+(-\w+)?" → "\w+(-\w+)?"\n'):
+        train(world, run, other)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_files_that_have_moved_are_the_same_files(world, tmp_path) -> None:
+    overrides = ["evaluate.prompts=0", "evaluate.implicit_pairs=0"]
+    whole = train(world, tmp_path / "whole", *overrides).run_dir
+    moved = Path(shutil.copytree(world, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("run*", "cache")))
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("result.json", "checkpoints/step-00000003"):
+        path = tmp_path / "run" / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    (tmp_path / "run" / "recipe.toml").write_text(
+        (tmp_path / "run" / "recipe.toml").read_text().replace(str(world), "/no/such/place")
+    )
+    (moved / "small.toml").write_text(RECIPE.format(folder=moved))
+    outcome = train(moved, tmp_path / "run", *overrides)
+    assert not outcome.already
+    one, two = (load_file(d / "adapter" / "pytorch_lora_weights.safetensors") for d in (whole, tmp_path / "run"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert str(moved) in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_a_finished_run_gets_more_steps_and_is_as_if_it_had_been_asked_for_them(world, finished, tmp_path) -> None:
+    run = copy_of(finished, tmp_path)
+    assert train(world, run, "train.steps=5").result["steps"] == 5
+    assert_same_run(run, train(world, tmp_path / "whole", "train.steps=5").run_dir)
+    result = (run / "result.json").read_bytes()
+    with pytest.raises(UserError, match="it has 5 steps already, 4 are asked for"):
+        train(world, run, "train.steps=4")
+    assert (run / "result.json").read_bytes() == result
+
+
+def test_a_run_that_is_there_is_not_gone_on_with_where_that_is_not_wanted(finished, world, tmp_path, capsys) -> None:
+    arguments = ["train", str(world / "small.toml"), "--run-dir", str(finished), "--resume", "never", "--quiet"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "there is a run already, with step 3 saved" in capsys.readouterr().err

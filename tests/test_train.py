@@ -265,6 +265,19 @@ def test_another_runs_directory_is_refused_with_every_difference(tmp_path):
         assert text in str(error.value)
 
 
+def test_other_versions_are_said_on_resume(tmp_path):
+    Run(tmp_path).train(2)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    state.write_text(state.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0.1"'))
+    resumed = Run(tmp_path)
+    resumed.train(4)
+    [said] = [message for message in resumed.reporter.messages if "other versions (" in message]
+    assert f"torch 2.0.1 → {torch.__version__}" in said
+    same = Run(tmp_path)
+    same.train(5)
+    assert not any("other versions (" in message for message in same.reporter.messages)
+
+
 def test_resume_with_another_micro_batch_is_the_same_to_rounding(tmp_path):
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     one.train(3, micro_batch_pairs=1)

@@ -34,15 +34,21 @@ def replace(path: Path, data: bytes, *, shared: bool = False) -> None:
 
 @contextmanager
 def clear_os_errors(where: Path, hint: str = RUN_DIR_HINT) -> Iterator[None]:
-    """A full disk, or a place that can't be written, becomes a UserError that says so; `hint` is for the latter."""
+    """A full disk, or a place that can't be written, becomes a UserError that says so; `hint` is for the latter.
+
+    With a full disk the exit code is 1: the same command may do better later.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full:
             what, todo = "no space left on the disk", "free some space and run again: a run resumes where it was saved"
         else:
             what, todo = f"can't be written ({error.strerror or error})", hint
-        raise UserError(what, where=error.filename or where, hint=todo) from error
+        refused = UserError(what, where=error.filename or where, hint=todo)
+        refused.exit_code = 1 if full else refused.exit_code
+        raise refused from error
 
 
 def write(path: Path, data: bytes) -> None:

@@ -78,8 +78,9 @@ def save(
     keep: int | None = None,
     every: int = 1,
     besides: int | None = None,
+    back: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then remove all but the last `keep` regular ones, this one and that of `besides`.
+    """Write the checkpoint of `step`, then remove all but the last `keep` regular ones, this one and those named.
 
     Args:
         adapter: names → tensors on the CPU.
@@ -88,6 +89,8 @@ def save(
         keep: None: remove nothing.
         every: a regular one's step is a multiple of this. What an interruption saves must not push another out, or
             the checkpoints that are there would depend on it.
+        besides: that of this step is kept too.
+        back: so are the regular ones after this step, and the last one that is not.
         optimizer: an optimizer's `state_dict()`.
         identity: JSON values that a resumed run must agree on.
 
@@ -128,7 +131,9 @@ def save(
     if keep is not None:
         # Later steps are damaged ones that `latest` passed over: they must not push good ones out.
         earlier = [number for number in steps(run_dir) if number <= step]
-        kept = {step, besides, *[number for number in earlier if number % every == 0][:keep]}
+        regular = [number for number in earlier if number % every == 0]
+        after = sum(number > back for number in regular) if back is not None else -1
+        kept = {step, besides, *regular[: max(keep, after + 1)]}
         for number in set(earlier) - kept:
             shutil.rmtree(root / f"step-{number:08d}", ignore_errors=True)
     return final
@@ -181,7 +186,11 @@ def at(run_dir: Path | str, step: int) -> Checkpoint:
     try:
         return _verified(step, found[step])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"damaged checkpoint ({error})", where=found[step]) from None
+        raise UserError(
+            f"damaged checkpoint ({error})",
+            where=found[step],
+            hint='use another one; a run that is to end with the best one ends with evaluate.checkpoint="last" too',
+        ) from None
 
 
 def newest_step(run_dir: Path | str) -> int:

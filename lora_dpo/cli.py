@@ -25,7 +25,7 @@ import typer
 
 from lora_dpo import __version__
 from lora_dpo.errors import LoraDpoError, UserError
-from lora_dpo.stopping import stoppable
+from lora_dpo.stopping import at_once, stoppable
 from lora_dpo.tinyworld.commands import group as tinyworld
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     rest = [a for n, a in enumerate(arguments) if not (a == "--debug" and n < len(options))]
     received = int
     try:
-        with stoppable() as received:
+        with at_once(), stoppable() as received:
             app(rest, prog_name="lora-dpo")
     except (SystemExit, KeyboardInterrupt) as error:
         if isinstance(error, SystemExit) and error.code != 130:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,10 @@ class MetricsFile:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            # What a full disk refused was said by `write`; the torn line is cut when the run resumes.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
 
     def lines(self) -> list[dict[str, Any]]:
         """What is in it."""

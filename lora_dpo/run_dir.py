@@ -52,7 +52,7 @@ def finished(run_dir: Path, differences: Callable[[Path], Differences]) -> dict[
                     where=run_dir,
                     hint=f"give another --run-dir, train the recipe that is there ({held}), or start over with --fresh",
                 )
-            return None if any(differing) else read_result(run_dir)
+            return None if any(differing) else _complete_result(run_dir)
         if run_dir.is_dir() and (names := sorted(p.name for p in run_dir.iterdir() if not p.name.startswith("."))):
             raise UserError(
                 f"this folder is no run directory: it holds {', '.join(names[:3])} and no {RECIPE}",
@@ -122,6 +122,13 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         raise UserError(
             f"damaged ({error})", where=run_dir / RESULT, hint="delete it: the run is then completed"
         ) from None
+
+
+def _complete_result(run_dir: Path) -> dict[str, Any] | None:
+    """As `read_result`; None too if an adapter that it names is gone, which is then written anew."""
+    result = read_result(run_dir)
+    names = [result.get("adapter"), result.get("adapter_kohya")] if result is not None else []
+    return result if all((run_dir / name).is_file() for name in names if name) else None
 
 
 def finish(run_dir: Path, result: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +68,51 @@ def stoppable() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+GRACE_SECONDS = 2.0
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Scope in which a second Ctrl-C or SIGTERM ends the process within seconds, whatever it is doing.
+
+    Python's handlers run between two of its instructions: not during a backward pass, which takes as long as it takes,
+    and there two signals count as one. So they are counted by a thread, which ends the process where the handlers have
+    not done so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    ended = threading.Event()
+    observer = threading.Thread(target=_observe, args=(reader, ended), name="signals", daemon=True)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    observer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
+        observer.join()
+        reader.close()
+
+
+def _observe(reader: socket.socket, ended: threading.Event) -> None:
+    echo_seconds = ECHO_SECONDS if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0.0
+    first: float | None = None
+    while received := reader.recv(1):
+        number = received[0]
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        if first is None:
+            first = time.monotonic()
+        elif time.monotonic() - first >= echo_seconds and not ended.wait(GRACE_SECONDS):
+            shown = b"\x1b[?25h\n" if sys.stderr.isatty() else b""  # a progress bar hides the cursor
+            os.write(2, shown + b"lora-dpo: stopped at once; the same command resumes where it can\n")
+            os._exit(128 + number)
 
 
 # A launcher's Ctrl-C reaches its processes twice: from the terminal and from the launcher, which passes it on.

@@ -93,7 +93,8 @@ def train(
         identity: JSON values a resumed run must share with the one that wrote the checkpoint.
         micro_batch_pairs: pairs per pass; None: the whole step's at once. The gradient is the same up to rounding.
         max_grad_norm: the gradient is scaled down to this norm; 0: it is left alone.
-        keep_checkpoints: the last so many, and the best one; None: all. Others go with the next one.
+        keep_checkpoints: the last so many, the best one, and as many as it takes to go back from a spike; None: all.
+            Others go with the next one.
         precision: of the passes; "bfloat16" is torch's autocast. Losses and adapter weights are float32 always.
         ema_decay: keep an average of the weights, and use it in the end; None: don't.
         spike_factor: see `watch.Watch`.
@@ -164,6 +165,7 @@ def train(
             keep=keep_checkpoints,
             every=save_every_steps,
             besides=best,
+            back=None if spike_factor is None else _back_from(done + 1, rollbacks),
         )
 
     parameters = list(adapters.parameters().values())
@@ -293,15 +295,25 @@ def _before_spike(
 
     Of the regular ones: where a run was interrupted, and so saved, must not decide where it goes back to.
     """
-    at_most = max([done - SPIKE_STEPS, *(good for _, good in rollbacks[-1:])])
-    good = checkpoint.latest(run_dir, lambda _: None, at_most=at_most, every=every)
+    good = checkpoint.latest(run_dir, lambda _: None, at_most=_back_from(done, rollbacks), every=every)
     if good is not None and len(rollbacks) < MAX_ROLLBACKS:
         return good
     ended = "there is no checkpoint before it" if good is None else f"{MAX_ROLLBACKS} returns didn't help"
     raise LoraDpoError(
         f"step {done}: {problem}, and {ended}: training diverges; earlier checkpoints are kept\n"
-        "  → lower train.learning_rate, or raise method.beta; train.spike_factor is what was watched"
+        f"  → lower train.learning_rate, or raise method.beta; train.spike_factor is what was watched. {_OTHERWISE}"
     )
+
+
+_OTHERWISE = (
+    "With other settings it is another run: --fresh starts over, and adapter.start begins with a checkpoint that "
+    "lora-dpo export --step has written"
+)
+
+
+def _back_from(step: int, rollbacks: list[tuple[int, int]]) -> int:
+    """The last step to which a spike seen at `step` may lead back: before its steps, and not before the last return."""
+    return max([step - SPIKE_STEPS, *(good for _, good in rollbacks[-1:])])
 
 
 MAX_ROLLBACKS = 2
@@ -348,12 +360,15 @@ def _stop_at(what: str, batch: StepBatch, places: Sequence[int], file: Path) -> 
     """Raises, once the pairs at these places of the batch and their draws are written to `file`."""
     described = batch.describe()
     document = {"what": what, "step": batch.step + 1, "pairs": [described[place] for place in places]}
-    with atomic.clear_os_errors(file):
+    more = f"{file} has their prompts and draws"
+    try:
         atomic.replace(file, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        more = f"their prompts and draws could not be written to {file}: {error.strerror or error}"
     keys = [batch.keys[place] for place in places]
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     raise LoraDpoError(
-        f"the {what} of step {batch.step + 1} isn't finite (pairs {named}; {file} has their prompts and draws); "
-        "earlier checkpoints are kept\n"
-        "  → lower learning_rate or beta, or look at these pairs; in bfloat16, try precision float32"
+        f"the {what} of step {batch.step + 1} isn't finite (pairs {named}; {more}); earlier checkpoints are kept\n"
+        "  → lower learning_rate or beta, or look at these pairs; in bfloat16, try precision float32. "
+        f"{_OTHERWISE}"
     )

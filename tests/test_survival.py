@@ -206,3 +206,11 @@ def test_a_run_that_is_there_is_not_gone_on_with_where_that_is_not_wanted(finish
         cli.main(arguments)
     assert caught.value.code == 2
     assert "there is a run already, with step 3 saved" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_gone_is_written_anew(world, finished, tmp_path) -> None:
+    run = copy_of(finished, tmp_path)
+    (run / "adapter" / "pytorch_lora_weights.safetensors").unlink()
+    assert not train(world, run).already
+    assert_same_run(run, finished)
+    assert train(world, run).already

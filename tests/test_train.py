@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dpo import checkpoint, run_dir
+from lora_dpo import atomic, checkpoint, run_dir
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.methods import LossParts, Method
 from lora_dpo.train import METRICS, Interrupted
@@ -558,6 +558,10 @@ def test_the_best_checkpoint_is_kept_and_exported(tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000006"]
     assert_same(dict(sorted(run.adapters.state_dict().items())), checkpoint.at(tmp_path, 3).adapter())
+    break_file("adapter.safetensors", "flipped")(tmp_path / "checkpoints" / "step-00000003")
+    with pytest.raises(UserError, match=r'damaged checkpoint .*\n.*evaluate.checkpoint="last"'):
+        Run(tmp_path).train(export="best")
+    break_file("adapter.safetensors", "flipped")(tmp_path / "checkpoints" / "step-00000003")  # back again
     # A finished run can still be asked for either.
     for export, step in (("last", 6), ("best", 3)):
         again = Run(tmp_path)
@@ -641,6 +645,37 @@ def test_what_was_not_finite_is_written_down(tmp_path):
     assert [pair["timestep"] for pair in held["pairs"]] == [int(t) for part in batch.parts() for t in part.t]
     assert held["pairs"][0]["origin"].startswith("toy:")
     assert checkpoint.latest(tmp_path, pytest.fail).step == 4  # pyright: ignore
+
+
+def test_what_was_not_finite_is_said_even_if_it_can_not_be_written_down(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+
+    def poison(part):
+        monkeypatch.setattr(atomic, "replace", full)
+        found = run.method.loss(part)
+        return LossParts(found.loss * math.nan, found.per_pair * math.nan, found.sums)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(LoraDpoError, match=r"loss of step 5 isn't finite .* could not be written .*No space") as error:
+        run.train(method=watch(run, 4, poison))
+    assert not isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize(("every", "keep"), [(1, 1), (2, 1), (3, 2), (7, 1)])
+def test_there_is_a_checkpoint_to_go_back_to_however_few_are_kept(tmp_path, every, keep):
+    """A spike is seen some steps after it has begun, and checkpoints from in between are no way back."""
+    options = {"spike_factor": 2.0, "learning_rate": lambda step: 1e-3}
+    run = Run(tmp_path)
+    result = run.train(
+        24, method=Spiking(run.method, range(10, 15)), save_every_steps=every, keep_checkpoints=keep, **options
+    )
+    assert result.rollbacks == 1
+    [(bad, good)] = checkpoint.at(tmp_path, 24).rollbacks
+    assert bad == 13
+    assert good == max(step for step in range(0, 9) if step % every == 0)
+    assert len(checkpoint.steps(tmp_path)) <= 1 + max(keep, -(-5 // every) + 1)  # the last step, be it regular or not
 
 
 @pytest.mark.parametrize("step", [3, 9, 13, 20])

@@ -308,8 +308,8 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def _may_be_left(path: Path) -> bool:
-    """What a killed process leaves in a cache, which may have other users."""
-    return "cache" in path.parts and path.name.startswith(".")
+    """What a killed process leaves in a cache, which may have other users; and what is remembered of files' times."""
+    return "cache" in path.parts and path.name.startswith((".", "file-digests"))
 
 
 def _content(path: Path, directory: Path) -> Any:

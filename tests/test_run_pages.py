@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_dpo import checkpoint, optimizers
+from lora_dpo import checkpoint, optimizers, parts, recipe
+from lora_dpo.methods import pairs
+from lora_dpo.methods.objectives import PairErrors
+from lora_dpo.recipe_toml import shipped_names
 from tests.support.hub_cache import keep
 from tests.support.models import save_random_pairs, save_random_sdxl
 from tests.support.pages import DOCS, all_messages, commands, messages, no_curves, run
@@ -65,11 +68,28 @@ def trained(tmp_path_factory) -> Path:
 
 def test_every_number_of_a_step_is_explained(trained: Path) -> None:
     text = (DOCS / "training.md").read_text("utf-8")
-    table = text.split("## The numbers of a step")[1].split("\n## ")[0]
+    table = text.split("## The numbers of a step")[1].split("Methods without a reference")[0]
     explained = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
     first, last = lines(trained / "runs/best")
     assert set(last) == explained
     assert {name for name in last if name.startswith("heldout_")} == set(last) - set(first)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names() if name.startswith("objectives/")])
+def test_the_numbers_of_every_objective_are_explained(name: str) -> None:
+    text = (DOCS / "training.md").read_text("utf-8").split("## The numbers of a step")[1].split("\n## ")[0]
+    explained = {each for row in re.findall(r"^\| (`.*?) \|", text, re.M) for each in re.findall(r"`(\w+)`", row)}
+    objective = parts.objective(recipe.load(name).method)
+    sides = ("winner", "loser") if "loser" in objective.needs else ("winner",)
+    measured = [*sides]
+    measured += [f"ref_{side}" for side in sides if "reference" in objective.needs]
+    measured += [f"shift_{side}" for side in sides if "shift" in objective.needs]
+    measured += ["overlap"] if "overlap" in objective.needs else []
+    errors = PairErrors(
+        t=torch.tensor([5, 9]), weight=torch.ones(2), label=torch.ones(2), **{each: torch.rand(2) for each in measured}
+    )
+    logged = pairs._sums(objective, errors, objective(errors))
+    assert {"loss", "error_winner"} <= set(logged) <= explained
 
 
 def test_a_fresh_adapters_numbers_are_those_that_are_called_healthy(trained: Path) -> None:

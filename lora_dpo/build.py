@@ -183,8 +183,6 @@ def _execute(
     kept_out = processes.on_main(lambda: inputs.held_out_pairs(recipe, family, directory, progress))
     prompts = processes.on_main(lambda: inputs.prompts(recipe, kept_out)) or []
 
-    if recipe.train.gradient_checkpointing:
-        family.denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
     adapters = parts.adapters(recipe, family, begun, progress.message)
     del begun  # twice as large as the adapter
     encoding = peak_memory.gib(device)

@@ -92,7 +92,10 @@ def explain(error: BaseException) -> tuple[str, int]:
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}permission denied\n  → choose another --run-dir, or change the permissions", 1
         if type(cause).__name__ == "OutOfMemoryError" or isinstance(cause, MemoryError):
-            hint = "lower train.micro_batch_pairs or evaluate.batch, or set train.gradient_checkpointing=true"
+            hint = (
+                "lower train.micro_batch_pairs or evaluate.batch, or set train.gradient_checkpointing=full, and then "
+                "train.pair_pass=split"
+            )
             return f"out of memory: {cause}\n  → {hint}", 1
         cause = cause.__cause__ or cause.__context__
     text = f"unexpected {type(error).__name__}: {error}"

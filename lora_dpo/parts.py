@@ -26,6 +26,7 @@ from lora_dpo.methods.stream import PairStream
 from lora_dpo.recipe import Recipe
 from lora_dpo.recipe_checks import SINGLE_FILE
 from lora_dpo.recipe_sections import Base
+from lora_dpo.recompute import recompute
 from lora_dpo.reference_cache import ReferenceErrors
 from lora_dpo.scorers import Scorer
 from lora_dpo.sources import Source
@@ -163,9 +164,12 @@ def start_origin(recipe: Recipe) -> dict[str, str] | None:
 def adapters(recipe: Recipe, family: Family, start: Source | None, tell: Callable[[str], None]) -> Adapters:
     """On the family's denoiser, from their random start or from `start`, which may be the reference then.
 
+    The denoiser computes as many activations again in backward as the recipe says.
+
     Raises:
-        UserError: targets that no layer has; a start that doesn't fit the recipe or the base.
+        UserError: targets that no layer has; a start that doesn't fit the recipe or the base; too many blocks.
     """
+    recompute(family.denoiser, recipe.train.gradient_checkpointing)
     chosen = recipe.adapter
     begun = start.named_as_in(family) if start is not None else None
     made = Adapters.attach(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from lora_dpo.recipe_errors import shown
 from lora_dpo.recipe_fields import Count, Fraction, Positive, Section, Text
 from lora_dpo.recipe_methods import METHODS, Method
 
@@ -105,12 +106,23 @@ class Train(Section):
     )
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "full"] | Positive = Field(
+        default="none", description="compute activations again: none, of all blocks (full), or of so many"
+    )
     pair_pass: Literal["plain", "split"] = Field(
         default="plain", description="split: one image at a time, with half of a pair's activations"
     )
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16: torch's autocast")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _in_these_words(cls, value: object) -> object:
+        if value in ("none", "full") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        now = {True: ' ("full" is what true was)', False: ' ("none" is what false was)'}
+        said = now[value] if isinstance(value, bool) else ""
+        raise ValueError(f'got {shown(value)}, expected "none", "full" or a number of blocks{said}')
 
 
 class Evaluate(Section):

@@ -43,7 +43,7 @@ LAYERS: list[set[str]] = [
     },
     {"adapted_layers", "recipe_checks", "recipe_sections", "updates"},
     {"kohya_layout", "recipe", "tinyworld"},
-    {"data", "families", "scorers", "adapters"},
+    {"data", "families", "scorers", "adapters", "recompute"},
     {"cache_store"},
     {"cache_index", "cache_pictures", "cache_use"},
     {"cache_fill"},

@@ -153,7 +153,7 @@ def test_accelerate_launch_goes_on_where_one_process_was(world: Path, alone: Pat
 
 def test_two_machines(world: Path, alone: Path) -> None:
     here = {"first.example:29500": f"127.0.0.1:{free_port()}", "--nproc-per-node 2": "--nproc-per-node 1"}
-    passes = ["train.gradient_checkpointing=true", "train.micro_batch_pairs=1"]
+    passes = ["train.gradient_checkpointing=full", "train.micro_batch_pairs=1"]
     words = command(COMMANDS[2], world / "machines", *passes, replaced=here)
     ended = finish(start(world, words), start(world, words))
     assert [code for code, _, _ in ended] == [0, 0], ended

@@ -206,9 +206,9 @@ def test_another_kind_drops_what_only_the_old_one_has_and_nothing_else(write) ->
 
 
 def test_overrides_are_toml_and_bare_words_are_text(write) -> None:
-    arguments = ["train.gradient_checkpointing=true", "train.schedule=cosine", "train.learning_rate=1e-3"]
+    arguments = ["train.gradient_checkpointing=3", "train.schedule=cosine", "train.learning_rate=1e-3"]
     loaded = recipe.load(str(write(GOOD)), [*arguments, "adapter.targets=['to_q', 'to_k']", "name=a.b"])
-    assert loaded.train.gradient_checkpointing is True
+    assert loaded.train.gradient_checkpointing == 3
     assert (loaded.train.schedule, loaded.train.learning_rate) == ("cosine", 1e-3)
     assert (loaded.adapter.targets, loaded.name) == (("to_q", "to_k"), "a.b")
 

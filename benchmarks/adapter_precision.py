@@ -4,9 +4,9 @@
 
 Both train float32 weights. peft casts each layer's input to float32; here the weights are cast to bfloat16. Memory is
 that of what autograd keeps for one pair's policy pass of SDXL's whole UNet, without gradient checkpointing, counted
-under fake tensors: shapes and storages are the true ones, nothing is computed. Time is that of forward and backward of
-one of its transformer blocks with true weights on this machine; the ways take turns. Prints a table, and a last line of
-JSON.
+under fake tensors: shapes and storages are the true ones, nothing is computed. Time is the processor's for forward
+and backward of one of its transformer blocks, in the true size; the ways take turns, and ratios are medians over the
+rounds. Prints a table, and a last line of JSON.
 """
 
 from __future__ import annotations
@@ -45,19 +45,20 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-WAYS = ("plain peft", "lora-dpo")
+WAYS = ("plain peft", "lora-dpo", "plain peft, DoRA", "lora-dpo, DoRA")
 
 
 def adapt(model: nn.Module, way: str, rank: int, targets: str = "attention") -> None:
     """Float32 adapters on a frozen model."""
-    if way == "plain peft":
+    dora = way.endswith("DoRA")
+    if way.startswith("plain peft"):
         names = target_names(model, targets)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names, use_dora=dora), model)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
     else:
-        Adapters.attach(model, rank=rank, alpha=rank, targets=targets, seed=0)
+        Adapters.attach(model, rank=rank, alpha=rank, targets=targets, seed=0, dora=dora)
 
 
 class Kept:
@@ -96,6 +97,9 @@ def kept_by_the_unet(way: str | None, resolution: int, images: int, rank: int, a
                 if old is not None:
                     new = torch.empty(old.shape, dtype=old.dtype)
                     module._parameters[name] = nn.Parameter(new, old.requires_grad)
+            for name, old in module._buffers.items():
+                if old is not None:
+                    module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
         kept = Kept(unet)
         inputs = {
             "sample": torch.zeros(images, 4, side, side, dtype=torch.bfloat16),
@@ -113,7 +117,7 @@ def kept_by_the_unet(way: str | None, resolution: int, images: int, rank: int, a
 
 
 def block(way: str, rank: int, dtype: torch.dtype, tokens: int) -> Callable[[], float]:
-    """Seconds of forward and backward of SDXL's largest kind of transformer block, one pair."""
+    """Processor seconds of forward and backward of SDXL's largest kind of transformer block, one pair."""
     torch.manual_seed(0)
     model = BasicTransformerBlock(1280, 20, 64, cross_attention_dim=2048).to(dtype).requires_grad_(False)
     adapt(model, way, rank)
@@ -121,9 +125,9 @@ def block(way: str, rank: int, dtype: torch.dtype, tokens: int) -> Callable[[], 
     context = torch.randn(2, 77, 2048, dtype=dtype)
 
     def once() -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         model(x, encoder_hidden_states=context).float().square().mean().backward()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     return once
 
@@ -145,6 +149,7 @@ def main() -> int:
             }
             print(f"{way}, {mode}: {memory[f'{way}, {mode}']} GiB", flush=True)
     seconds: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     for dtype in (torch.bfloat16, torch.float32):
         runs = {way: block(way, arguments.rank, dtype, arguments.tokens) for way in WAYS}
         times: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -156,9 +161,12 @@ def main() -> int:
         for way, all_of in times.items():
             key = f"{way}, {str(dtype).removeprefix('torch.')}"
             seconds[key] = round(statistics.median(all_of), 4)
-            print(f"{key}: {seconds[key]:.3f} s a block, median of {arguments.repeats}", flush=True)
+            rounds = zip(all_of, times[WAYS[0]], strict=True)
+            ratios[key] = round(statistics.median(mine / theirs for mine, theirs in rounds), 3)
+            print(f"{key}: {seconds[key]:.3f} s a block, {ratios[key]:.3f} of {WAYS[0]}", flush=True)
     print(json.dumps({
         "resolution": arguments.resolution, "rank": arguments.rank, "kept_gib": memory, "block_seconds": seconds,
+        "block_ratios": ratios,
         "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__}, "commit": _commit(),
     }))  # fmt: skip

@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_dpo.adapted_layers import CLASSES, PARTS, POLICY, REFERENCE, Adapted, Switch
+from lora_dpo.adapted_layers import CLASSES, MAGNITUDE, POLICY, REFERENCE, Adapted, Switch
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.randomness import torch_generator
 
@@ -65,6 +65,7 @@ class Adapters:
         targets: str | Sequence[str] = "attention",
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         seed: int,
         init: Literal["gaussian", "kaiming"] = "gaussian",
     ) -> Adapters:
@@ -78,10 +79,11 @@ class Adapters:
             targets: one of `PRESETS`, or module name endings ("to_q", "attn2.to_k") and patterns for whole names
                 (`re:up_blocks\.1\..*\.to_[qkv]`).
             rslora: scale by alpha / √rank (Kalajdzievski 2023): updates of large ranks aren't held back.
+            dora: learn the length of each output's weights too, apart from their direction (Liu et al. 2024).
             dropout: on the adapters' input, in training passes only.
 
         Raises:
-            UserError: a target that no linear or convolution layer has.
+            UserError: a target that no linear or convolution layer has; for DoRA, an output whose weights are all zero.
         """
         if any(isinstance(module, LoraLayer) for module in denoiser.modules()):
             raise LoraDpoError("the denoiser has adapters already; detach them first")
@@ -98,12 +100,31 @@ class Adapters:
         adapters = Adapters(denoiser, layers, rank, alpha, rslora)
         for name, parameter in adapters.parameters().items():
             parameter.data = _initial(name, parameter, rank, init, seed).to(parameter.device)
+        if dora:
+            adapters.decompose()
         adapters.train(False)
         return adapters
 
+    def decompose(self) -> None:
+        """Make the layers DoRA's, with the magnitudes that leave the policy what it is; those they had are lost.
+
+        Raises:
+            UserError: an output of the base has no weights but zeros.
+        """
+        for name, layer in self.layers.items():
+            try:
+                layer.decompose()
+            except UserError as error:
+                raise UserError(f"{name}: {error.what}", where="adapter.dora", hint=error.hint) from None
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable weights, float32, ordered by name (`….to_q.lora_A.weight`, without the adapter's name)."""
-        return {f"{name}.{part}.weight": layer.weight_of(part) for name, layer in self.layers.items() for part in PARTS}
+        """The trainable weights, float32, ordered by name (`….to_q.lora_A.weight`, without the adapter's name).
+
+        With DoRA also `….to_q.lora_magnitude_vector`.
+        """
+        return {
+            f"{name}.{end}": weight for name, layer in self.layers.items() for end, weight in layer.weights().items()
+        }
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -135,6 +156,10 @@ class Adapters:
         """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""
         for layer in self.layers.values():
             layer.lora_dropout.train(mode)
+
+    @property
+    def is_dora(self) -> bool:
+        return any(MAGNITUDE in layer.weights() for layer in self.layers.values())
 
     @property
     def has_dropout(self) -> bool:
@@ -169,13 +194,9 @@ class Adapters:
 
     @torch.no_grad()
     def norm(self) -> float:
-        """‖ΔW‖: Frobenius norm over all layers of the update scale·B·A; 0 at the start."""
-        squares = []
-        for layer in self.layers.values():
-            a, b = (layer.weight_of(part).flatten(1) for part in PARTS)
-            # ‖BA‖² = tr(BᵀB · AAᵀ): rank × rank, ΔW itself is never formed.
-            squares.append(((b.T @ b) * (a @ a.T)).sum())
-        return self.scale * math.sqrt(max(torch.stack(squares).sum().item(), 0.0))
+        """‖ΔW‖: Frobenius norm over all layers of what the policy adds to the base's weights; 0 at the start."""
+        squares = torch.stack([layer.squared_change() for layer in self.layers.values()])
+        return math.sqrt(max(squares.sum().item(), 0.0))
 
     def detach(self) -> None:
         """Take the adapters out; the denoiser is the plain base again. Their weights stay readable here."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lora_dpo.adapted_layers import MAGNITUDE
 from lora_dpo.export import LOADED_NAME, Probe, Verification, errors_only, predict, tolerance_for, write
 from lora_dpo.families import Family
 from lora_dpo.kohya_layout import PARTS, PREFIX, NotInKohyasLayout, sgm_name
@@ -37,13 +38,15 @@ def save(
         metadata: strings for the file's header, beside those that the programs read (`ss_…`, `modelspec.…`).
 
     Raises:
-        NotInKohyasLayout: a layer without a name there.
+        NotInKohyasLayout: a layer without a name there, or DoRA, of which the programs make different things.
         UserError: disk full or directory not writable.
     """
     path = Path(path)
     config = cast(Mapping[str, Any], family.denoiser.config)
     xl = family.name == "sdxl"
     kind = "xl" if xl else "v2" if config["cross_attention_dim"] == 1024 else "v1"
+    if any(name.endswith(MAGNITUDE) for name in state):
+        raise NotInKohyasLayout("programs that read it disagree about DoRA's magnitudes (see docs/export.md)")
     named: dict[str, Tensor] = {}
     for name, weight in state.items():
         module, part, _ = name.rsplit(".", 2)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lora_dpo.adapted_layers import MAGNITUDE
 from lora_dpo.errors import UserError
 
 Kind = Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw"]
@@ -73,8 +74,8 @@ def build(
     Raises:
         UserError: the library is missing, or the optimizer can't work on the parameters' device.
     """
-    weights = list(parameters.values())
-    library = require(kind, weights[0].device)
+    library = require(kind, next(iter(parameters.values())).device)
+    weights = _groups(parameters)
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     match kind:
         case "adamw":
@@ -94,6 +95,18 @@ def build(
             optimizer = library.AdamWScheduleFree(weights, betas=betas, eps=eps, **options)
             optimizer.train()
             return optimizer
+
+
+def _groups(parameters: Mapping[str, nn.Parameter]) -> list[Any]:
+    """The weights; or, where some should not decay, two groups of them.
+
+    Decay takes a LoRA towards the base. A magnitude of DoRA would go towards an output of zero.
+    """
+    kept = [parameter for name, parameter in parameters.items() if name.endswith(MAGNITUDE)]
+    if not kept:
+        return list(parameters.values())
+    decaying = [parameter for name, parameter in parameters.items() if not name.endswith(MAGNITUDE)]
+    return [{"params": decaying}, {"params": kept, "weight_decay": 0.0}]
 
 
 @contextlib.contextmanager

@@ -175,7 +175,7 @@ def adapters(recipe: Recipe, family: Family, start: Source | None, tell: Callabl
     made = Adapters.attach(
         family.denoiser,
         seed=recipe.train.seed,
-        **chosen.model_dump(include={"rank", "alpha", "targets", "dropout", "rslora"}),
+        **chosen.model_dump(include={"rank", "alpha", "targets", "dropout", "rslora", "dora"}),
     )
     if begun is not None:
         missing = start_from(made, begun.updates, begun.place)
@@ -326,6 +326,7 @@ def metadata(recipe: Recipe, family: Family, start: dict[str, str] | None = None
         "rank": str(recipe.adapter.rank),
         "alpha": str(recipe.adapter.alpha),
         "rslora": str(recipe.adapter.rslora),
+        "dora": str(recipe.adapter.dora),
         "reference": reference(recipe),
         "recipe": recipes.dump(recipe),
     }

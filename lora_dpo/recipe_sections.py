@@ -75,6 +75,7 @@ class Adapter(Section):
     ) = Field(default="attention", description="a preset, or an array of module name endings and re:patterns")
     dropout: Fraction = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / √rank instead")
+    dora: bool = Field(default=False, description="learn the length of each output's weights too")
     start: Text | None = Field(default=None, description="an adapter to start from: a run's folder, a folder or a file")
 
 

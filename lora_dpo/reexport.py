@@ -140,14 +140,13 @@ def write_adapter(
         if file.exists():
             raise UserError("there is a file already", where=file, hint="give another --out")
     shares = _shares(sources, weights)
-    whole = sources[0].updates if len(sources) == 1 and shares == [1.0] else updates.average(
-        [source.updates for source in sources], shares
-    )  # fmt: skip
+    whole = updates.average([source.updates for source in sources], shares)
     limit = rank or max(update.rank for source in sources for update in source.updates.values())
     resized = None
     if any(update.rank > limit for update in whole.values()):
         resized = updates.resize(whole, limit)
-        tell(f"rank {limit}: {resized.error:.2%} of the update is lost, {resized.worst[1]:.2%} in {resized.worst[0]}")
+        what = "update (its magnitudes apart)" if updates.is_dora(whole) else "update"
+        tell(f"rank {limit}: {resized.error:.2%} of the {what} is lost, {resized.worst[1]:.2%} in {resized.worst[0]}")
     kept = resized.updates if resized else whole
     state = updates.to_state(kept, DTYPES[dtype])
     result: dict[str, Any] = {

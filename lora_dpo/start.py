@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_dpo.adapted_layers import MAGNITUDE
 from lora_dpo.adapters import Adapters
 from lora_dpo.errors import UserError
-from lora_dpo.updates import Update, Updates
+from lora_dpo.updates import Update, Updates, is_dora
 
 KEY = "adapter.start"
 
@@ -19,7 +20,8 @@ def start_from(adapters: Adapters, updates: Updates, place: Path | str) -> int:
     """Give freshly attached adapters the updates: their policy is then the base with that adapter, to rounding.
 
     A layer's rank may be larger than the update's: further rows of A keep their random start, further columns of B stay
-    zero, and add nothing until they are trained. Scales may differ; B takes up the difference.
+    zero, and add nothing until they are trained. Scales may differ; B takes up the difference. DoRA
+    may go on from LoRA: its magnitudes are the adapted weights' lengths then.
 
     Args:
         place: where the updates are from, for messages.
@@ -28,7 +30,8 @@ def start_from(adapters: Adapters, updates: Updates, place: Path | str) -> int:
         How many layers have no update there, and so start as the base.
 
     Raises:
-        UserError: a rank that is too large, or a layer that isn't adapted or has another size; nothing is changed then.
+        UserError: a rank that is too large, a layer that isn't adapted or has another size, or DoRA for an adapter that
+            is LoRA; nothing is changed then.
     """
     rank = max(update.rank for update in updates.values())
     if rank > adapters.rank:
@@ -37,6 +40,12 @@ def start_from(adapters: Adapters, updates: Updates, place: Path | str) -> int:
             where=f"{KEY} = {place}",
             hint=f"give rank = {rank} or more, or a smaller adapter: lora-dpo export {place} --rank {adapters.rank} "
             "--out FOLDER",
+        )
+    if is_dora(updates) and not adapters.is_dora:
+        raise UserError(
+            "it is DoRA: it rescales weights, which is no low-rank update",
+            where=f"{KEY} = {place}",
+            hint="give adapter.dora = true",
         )
     if outside := [name for name in updates if name not in adapters.layers]:
         raise UserError(
@@ -59,6 +68,13 @@ def start_from(adapters: Adapters, updates: Updates, place: Path | str) -> int:
             a, b = (weights[f"{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
             a.data[: update.rank] = update.down.reshape(update.rank, *update.kernel).to(a)
             b.data.flatten(1)[:, : update.rank] = (update.up / adapters.scale).to(b)
+        if adapters.is_dora:
+            adapters.decompose()
+        weights = adapters.parameters()
+        for name, update in updates.items():
+            if update.magnitude is not None:
+                magnitude = weights[f"{name}.{MAGNITUDE}"]
+                magnitude.data.copy_(update.magnitude.reshape(magnitude.shape))
     return len(adapters.layers) - len(updates)
 
 

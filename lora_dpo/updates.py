@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import safetensors
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional
 from lora_dpo.errors import UserError
 
 PREFIX = "unet."
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_DOWN, _UP, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Update:
     """ΔW = up · down of one layer, strength included.
 
     Attributes:
+        magnitude: DoRA's, whose weight in effect is magnitude · (W + ΔW) / ‖W + ΔW‖, by output; None for LoRA.
         kernel: shape of the layer's weight without its first axis: (in,), or (in, height, width) of a convolution.
     """
 
     down: Float[Tensor, "rank n"]
     up: Float[Tensor, "m rank"]
     kernel: tuple[int, ...]
+    magnitude: Float[Tensor, " m"] | None = None
 
     @property
     def rank(self) -> int:
@@ -47,27 +50,40 @@ class Update:
         """ΔW in the shape of the layer's weight."""
         return (self.up @ self.down).reshape(-1, *self.kernel)
 
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The weight in effect, float32."""
+        whole = weight.detach().float() + self.dense().to(weight.device, torch.float32)
+        if self.magnitude is None:
+            return whole
+        gain = self.magnitude.to(whole) / whole.flatten(1).norm(dim=1)
+        return whole * gain.reshape(-1, *(1,) * len(self.kernel))
+
 
 Updates = dict[str, Update]
 
 
 def from_state(state: Mapping[str, Tensor], scale: float = 1.0) -> Updates:
-    """Of `<module>.lora_A.weight` and `<module>.lora_B.weight`, in float64.
+    """Of `<module>.lora_A.weight`, `<module>.lora_B.weight` and, for DoRA, `<module>.lora_magnitude_vector`; float64.
 
     Raises:
         UserError: other keys, or a half of a pair.
     """
+    # Some programs write the name that the magnitude has in peft's modules.
+    state = {key.removesuffix(".weight") if f"{_MAGNITUDE}.weight" in key else key: t for key, t in state.items()}
     modules = {key.removesuffix(_DOWN) for key in state if key.endswith(_DOWN)}
-    strange = set(state) - {f"{module}{part}" for module in modules for part in (_DOWN, _UP)}
+    strange = set(state) - {f"{module}{part}" for module in modules for part in (_DOWN, _UP, _MAGNITUDE)}
     if strange or not modules:
         shown = ", ".join(sorted(strange)[:3]) or "nothing"
-        raise UserError(f"these weights aren't plain LoRA pairs of the UNet ({shown})", hint=_what_else(strange))
+        raise UserError(f"these weights aren't LoRA pairs of the UNet ({shown})")
     updates = {}
     for module in sorted(modules):
         if f"{module}{_UP}" not in state:
             raise UserError(f"{module} has lora_A and no lora_B")
         down, up = state[f"{module}{_DOWN}"].double(), state[f"{module}{_UP}"].double()
-        updates[module] = Update(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[1:]))
+        magnitude = state[f"{module}{_MAGNITUDE}"].double().flatten() if f"{module}{_MAGNITUDE}" in state else None
+        if down.dim() < 2 or up.shape[1:2] != down.shape[:1] or (magnitude is not None and len(magnitude) != len(up)):
+            raise UserError(f"the weights of {module} don't fit each other", hint="the file is damaged")
+        updates[module] = Update(down.flatten(1), up.flatten(1) * scale, tuple(down.shape[1:]), magnitude)
     return updates
 
 
@@ -79,6 +95,9 @@ def to_state(updates: Updates, dtype: torch.dtype = torch.float32) -> dict[str, 
         down = update.down.reshape(update.rank, *update.kernel)
         state[f"{module}{_DOWN}"] = down.to(dtype).contiguous()
         state[f"{module}{_UP}"] = update.up.reshape(*update.up.shape, *ones).to(dtype).contiguous()
+        if update.magnitude is not None:
+            shape = (1, -1, *ones) if ones else (-1,)  # as peft has it
+            state[f"{module}{_MAGNITUDE}"] = update.magnitude.reshape(shape).to(dtype).contiguous()
     return state
 
 
@@ -101,11 +120,11 @@ def of_unet(state: Mapping[str, Tensor], header: Mapping[str, str]) -> Updates:
     """Of the tensors of a file in diffusers' layout.
 
     Raises:
-        UserError: another layout, DoRA, adapters of the text encoders.
+        UserError: another layout, or adapters of the text encoders.
     """
     others = {key for key in state if not key.startswith(PREFIX)}
     if others:
-        raise UserError(f"it holds more than a UNet's LoRA ({min(others)}, …)", hint=_what_else(others))
+        raise UserError(f"it holds more than a UNet's LoRA ({min(others)}, …)")
     return from_state({key.removeprefix(PREFIX): t for key, t in state.items()}, _strength(header))
 
 
@@ -120,14 +139,19 @@ def _strength(header: Mapping[str, str]) -> float:
     return alpha / (math.sqrt(rank) if stated.get(f"{PREFIX}use_rslora") else rank)
 
 
-def _what_else(keys: set[str]) -> str | None:
-    if any("magnitude" in key or "dora_scale" in key for key in keys):
-        return "DoRA's magnitudes are no low-rank update: such a file can't be averaged, resized or merged here"
-    return None
-
-
 def average(parts: Sequence[Updates], weights: Sequence[float]) -> Updates:
-    """Σ weight · ΔW, exact: of rank Σ rank. A layer that one part lacks counts as zero there."""
+    """Σ weight · ΔW, exact: of rank Σ rank. A layer that one part lacks counts as zero there.
+
+    Raises:
+        UserError: parts of different base models, or DoRA, of which a mean is no low-rank update with magnitudes.
+    """
+    if len(parts) == 1 and weights[0] == 1:
+        return dict(sorted(parts[0].items()))
+    if any(is_dora(updates) for updates in parts):
+        raise UserError(
+            "DoRA adapters can't be averaged or weighed: the result would be no low-rank update with magnitudes",
+            hint="export them one by one, or give LoRA adapters",
+        )
     found: dict[str, list[Update]] = {}
     for updates, weight in zip(parts, weights, strict=True):
         for module, update in updates.items():
@@ -143,9 +167,13 @@ def average(parts: Sequence[Updates], weights: Sequence[float]) -> Updates:
     }
 
 
+def is_dora(updates: Updates) -> bool:
+    return any(update.magnitude is not None for update in updates.values())
+
+
 @dataclass(frozen=True)
 class Resized:
-    """Updates of at most a given rank.
+    """Updates of at most a given rank; DoRA's magnitudes stay.
 
     Attributes:
         error: ‖ΔW' − ΔW‖ / ‖ΔW‖ over all layers, Frobenius.
@@ -166,7 +194,7 @@ def resize(updates: Updates, rank: int) -> Resized:
         u, s, v = torch.linalg.svd(r_up @ r_down.T)
         keep = min(rank, len(s))
         root = s[:keep].sqrt()
-        small[module] = Update(root[:, None] * (v[:keep] @ q_down.T), q_up @ u[:, :keep] * root, update.kernel)
+        small[module] = replace(update, down=root[:, None] * (v[:keep] @ q_down.T), up=q_up @ u[:, :keep] * root)
         cut, total = s[keep:].square().sum().item(), s.square().sum().item()
         lost, whole = lost + cut, whole + total
         error = math.sqrt(cut / total) if total else 0.0
@@ -195,25 +223,37 @@ def applied(denoiser: nn.Module, updates: Updates) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(denoiser: nn.Module, updates: Updates) -> None:
-    """W + ΔW into the denoiser's own weights; the sum is formed in float32 and rounded to their precision once.
+    """The weights in effect into the denoiser's own; they are formed in float32 and rounded to its precision once.
 
     Raises:
         UserError: a layer that the denoiser doesn't have, or has in another size; nothing is changed then.
     """
     for module, layer in _layers(denoiser, updates).items():
         weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
-        weight.copy_(weight.float() + updates[module].dense().to(weight.device, torch.float32))
+        weight.copy_(updates[module].added_to(weight))
 
 
 def _adder(update: Update, layer: nn.Module):
+    weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+    ends = (1,) * (len(update.kernel) - 1)  # of an output's shape, after its channels
+    gain = offset = None
+    if update.magnitude is not None:
+        whole = weight.detach().float() + update.dense().to(weight.device, torch.float32)
+        gain = (update.magnitude.to(whole) / whole.flatten(1).norm(dim=1)).reshape(-1, *ends)
+        offset = 0.0 if bias is None else bias.detach().float().reshape(-1, *ends)
+
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0].float()
         down, up = (part.to(x.device, torch.float32) for part in (update.down, update.up))
         if isinstance(layer, nn.Conv2d):
             shape = (update.rank, *update.kernel)
             inner = functional.conv2d(x, down.reshape(shape), None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore[reportArgumentType]
-            return (output.float() + functional.conv2d(inner, up[:, :, None, None])).to(output.dtype)
-        return (output.float() + x @ down.T @ up.T).to(output.dtype)
+            changed = output.float() + functional.conv2d(inner, up[:, :, None, None])
+        else:
+            changed = output.float() + x @ down.T @ up.T
+        if gain is not None and offset is not None:
+            changed = gain * (changed - offset) + offset
+        return changed.to(output.dtype)
 
     return add
 

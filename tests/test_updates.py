@@ -130,9 +130,9 @@ def test_the_strength_that_diffusers_writes_into_the_header(tmp_path, rslora, sc
     ("keys", "message"),
     [
         (["unet.a.lora_A.weight"], "lora_A and no lora_B"),
-        (["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"], "DoRA"),
+        (["unet.a.lora_A.weight", "unet.a.lora_B.weight", "unet.a.lora_magnitude_vector"], "don't fit each other"),
         (["text_encoder.a.lora_A.weight"], "more than a UNet's"),
-        (["unet.a.weight"], "aren't plain LoRA"),
+        (["unet.a.weight"], "aren't LoRA pairs"),
     ],
 )
 def test_files_that_are_something_else(tmp_path, keys, message):

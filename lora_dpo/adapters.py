@@ -149,8 +149,8 @@ class Adapters:
         """Of the adapter that is the reference, named as in `parameters`, without scale; empty if it is the base."""
         if (kept := self._reference) is None:
             return {}
-        places = ((name, layer, part) for name, layer in self.layers.items() for part in PARTS)
-        return {f"{name}.{part}.weight": layer.weight_of(part, kept) for name, layer, part in places}
+        layers = self.layers.items()
+        return {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.weights(kept).items()}
 
     def train(self, mode: bool = True) -> None:
         """Adapter dropout on or off; it must stay on until `backward()` is over (gradient checkpointing)."""

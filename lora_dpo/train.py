@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,12 +9,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lora_dpo import atomic, checkpoint, optimizers, peak_memory
+from lora_dpo import checkpoint, optimizers, peak_memory
 from lora_dpo.adapters import Adapters
 from lora_dpo.distributed import Processes
 from lora_dpo.ema import Ema
@@ -24,11 +22,11 @@ from lora_dpo.errors import LoraDpoError
 from lora_dpo.methods import Method, StepBatch
 from lora_dpo.metrics_file import HELD_OUT, MetricsFile
 from lora_dpo.progress import Progress
+from lora_dpo.step import OTHER_SETTINGS, Precision, Step
 from lora_dpo.stopping import ECHO_SECONDS, Interrupted, stop_requests
 from lora_dpo.watch import SPIKE_STEPS, Line, Watch
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
-Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -168,8 +166,18 @@ def train(
             back=None if spike_factor is None else _back_from(done + 1, rollbacks),
         )
 
-    parameters = list(adapters.parameters().values())
-    not_finite = run_dir / (NOT_FINITE if processes.is_main else f"{processes.rank}-{NOT_FINITE}")
+    step = Step(
+        method,
+        adapters,
+        optimizer,
+        device,
+        run_dir / (NOT_FINITE if processes.is_main else f"{processes.rank}-{NOT_FINITE}"),
+        micro_batch_pairs,
+        max_grad_norm,
+        precision,
+        ema,
+        processes,
+    )
     line: dict[str, float] = {}
     shown: dict[str, float] = {}
     with (
@@ -181,33 +189,8 @@ def train(
         coming = batches()
         while done < steps:
             batch = replace(next(coming), step=done)
-            started = time.perf_counter()
-            rate = learning_rate(done) * 0.5 ** len(rollbacks)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            adapters.train()
-            own = batch.only(processes.share(len(batch)))
-            backward = partial(_accumulate, method, own, micro_batch_pairs, device, precision, not_finite)
-            sums = processes.add_up(parameters, processes.together(backward))
-            adapters.train(False)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
-            if not math.isfinite(grad_norm):
-                processes.on_main(partial(_stop_at, "gradient", batch, range(len(batch)), not_finite))
-            optimizer.step()
+            line = step(batch, learning_rate(done) * 0.5 ** len(rollbacks))
             done += 1
-            if ema is not None:
-                ema.update(done)
-            seconds = time.perf_counter() - started
-            line = {"step": done} | {name: float(total) / len(batch) for name, total in sums.items()}
-            line |= {
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                "adapter_norm": adapters.norm(),
-                "pairs_per_second": len(batch) / seconds,
-                "seconds": seconds,
-                "peak_memory_gib": peak_memory.gib(device),
-            }
             watch.see(line)
             if (problem := watch.spike()) is not None:
                 good = processes.from_main(partial(_before_spike, run_dir, done, problem, rollbacks, save_every_steps))
@@ -301,14 +284,8 @@ def _before_spike(
     ended = "there is no checkpoint before it" if good is None else f"{MAX_ROLLBACKS} returns didn't help"
     raise LoraDpoError(
         f"step {done}: {problem}, and {ended}: training diverges; earlier checkpoints are kept\n"
-        f"  → lower train.learning_rate, or raise method.beta; train.spike_factor is what was watched. {_OTHERWISE}"
+        f"  → lower train.learning_rate, or raise method.beta; train.spike_factor is what was watched. {OTHER_SETTINGS}"
     )
-
-
-_OTHERWISE = (
-    "With other settings it is another run: --fresh starts over, and adapter.start begins with a checkpoint that "
-    "lora-dpo export --step has written"
-)
 
 
 def _back_from(step: int, rollbacks: list[tuple[int, int]]) -> int:
@@ -327,48 +304,3 @@ def _on_held_out(line: Line, lines: Sequence[Line], best: int | None) -> str:
     if best is None or best == line["step"]:
         return text + (" (the best so far)" if sum(accuracy in one for one in lines) > 1 else "")
     return text + "".join(f" (the best: {one[accuracy]:.3f} at step {best})" for one in lines if one["step"] == best)
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """A new scope for every pass: its cache of cast weights must not outlive them."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def _accumulate(
-    method: Method,
-    batch: StepBatch,
-    micro_batch_pairs: int | None,
-    device: torch.device,
-    precision: Precision,
-    file: Path,
-) -> dict[str, Tensor]:
-    """Backward of every part; returns the logged sums over the step's pairs."""
-    sums: dict[str, Tensor] = {}
-    losses: list[Tensor] = []
-    for part in batch.parts(micro_batch_pairs):
-        parts = method.backward(part, partial(autocast, device, precision))
-        losses.append(parts.per_pair)
-        for name, value in parts.sums.items():
-            sums[name] = sums[name] + value if name in sums else value
-    finite = torch.isfinite(torch.cat(losses)).tolist()  # the step's first wait for a GPU
-    if not all(finite):
-        _stop_at("loss", batch, [n for n, fine in enumerate(finite) if not fine], file)
-    return sums
-
-
-def _stop_at(what: str, batch: StepBatch, places: Sequence[int], file: Path) -> NoReturn:
-    """Raises, once the pairs at these places of the batch and their draws are written to `file`."""
-    described = batch.describe()
-    document = {"what": what, "step": batch.step + 1, "pairs": [described[place] for place in places]}
-    more = f"{file} has their prompts and draws"
-    try:
-        atomic.replace(file, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        more = f"their prompts and draws could not be written to {file}: {error.strerror or error}"
-    keys = [batch.keys[place] for place in places]
-    named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-    raise LoraDpoError(
-        f"the {what} of step {batch.step + 1} isn't finite (pairs {named}; {more}); earlier checkpoints are kept\n"
-        "  → lower learning_rate or beta, or look at these pairs; in bfloat16, try precision float32. "
-        f"{_OTHERWISE}"
-    )

@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
     {"cache_fill"},
     {"cache", "cache_files", "denoising", "reference_cache", "sampling"},
     {"methods", "evaluation", "tinyworld.preferences", "tinyworld.pretrain", "tinyworld.scoring"},
-    {"checkpoint", "figures", "optimizers", "hub", "run_dir", "trackers"},
+    {"checkpoint", "figures", "optimizers", "hub", "run_dir", "step", "trackers"},
     {"export", "report"},
     {"kohya", "sources", "start", "train"},
     {"parts"},

@@ -16,7 +16,7 @@ from lora_dpo.methods import losses
 from lora_dpo.methods.objectives import Dpo, Objective, PairErrors, Sft
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recompute import recompute
-from lora_dpo.train import autocast
+from lora_dpo.step import autocast
 from tests.support.toy import Run
 from tests.support.training import World, attach, make_world, stream
 

@@ -23,7 +23,7 @@ from lora_dpo.methods import LossParts, Method
 from lora_dpo.methods.objectives import Dpo
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.methods.stream import PairStream
-from lora_dpo.train import _accumulate
+from lora_dpo.step import accumulate
 from tests.support.toy import Run, ToyPairs
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def gradient(processes: Processes, batch_pairs: int, micro_batch_pairs: int | No
     method = PairMethod(stream, run.family, run.adapters, Dpo(200.0))
     run.adapters.train()
     batch = stream.batch(3)
-    sums = _accumulate(
+    sums = accumulate(
         method,
         batch.only(processes.share(batch_pairs)),
         micro_batch_pairs,

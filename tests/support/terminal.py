@@ -21,15 +21,15 @@ def run(arguments: list[str], begun: bytes, presses: int) -> dict[str, object]:
     """Presses Ctrl-C so many times once the terminal has shown `begun`."""
     pid, terminal = pty.fork()
     if pid == 0:
-        from lora_dpo import cli, train
+        from lora_dpo import cli, step
 
-        real = train._accumulate
+        real = step.accumulate
 
         def slow(*more: Any) -> Any:
             time.sleep(1)
             return real(*more)
 
-        train._accumulate = slow
+        step.accumulate = slow
         try:
             cli.main(arguments)
         except SystemExit as error:

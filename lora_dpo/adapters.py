@@ -139,6 +139,11 @@ class Adapters:
         finally:
             self._switch.active = before
 
+    @property
+    def in_reference(self) -> bool:
+        """Whether a `reference` scope is open."""
+        return self._switch.active != POLICY
+
     def keep_as_reference(self) -> None:
         """From now on the adapter as it is now is the reference, instead of the base; `state_dict` is without it."""
         for layer in self.layers.values():
@@ -262,6 +267,6 @@ def _initial(name: str, like: Tensor, rank: int, init: str, seed: int) -> Tensor
         return torch.zeros(like.shape)
     generator = torch_generator(seed, INITIAL_WEIGHTS, name)
     if init == "gaussian":
-        return torch.randn(like.shape, generator=generator) / rank
+        return torch.randn(like.shape, generator=generator, device="cpu") / rank
     bound = 1 / math.sqrt(like[0].numel())
-    return (torch.rand(like.shape, generator=generator) * 2 - 1) * bound
+    return (torch.rand(like.shape, generator=generator, device="cpu") * 2 - 1) * bound

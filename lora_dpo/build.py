@@ -241,12 +241,7 @@ def _train(
     return train(
         method=parts.method(recipe, pairs, family, adapters),
         adapters=adapters,
-        optimizer=optimizers.build(
-            chosen.optimizer,
-            adapters.parameters(),
-            learning_rate=chosen.learning_rate,
-            weight_decay=chosen.weight_decay,
-        ),
+        optimizer=parts.optimizer(recipe, adapters),
         learning_rate=learning_rate,
         steps=chosen.steps,
         run_dir=run_dir,

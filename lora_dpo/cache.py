@@ -211,8 +211,7 @@ def fill(
         )
 
     def build() -> None:
-        # No size has more pixels than the square.
-        batch = images_per_batch or max(1, min(32, (1 << 21) // framing.resolution**2))
+        batch = images_per_batch or default_images_per_batch(framing.resolution)
         bytes_per_image = 8 * family.latent_channels * (framing.resolution // family.latent_scale) ** 2
         about = {"family": family.name, "version": VERSION}
         work = Work(
@@ -264,6 +263,11 @@ def _made_by(family: Family, framing: Framing) -> tuple[str, str]:
     """Digests of what makes the pictures' rows, and of what makes the prompts'."""
     made_by = family.fingerprint()
     return digest(VERSION, made_by["vae"], *framing.settings()), digest(VERSION, made_by["text_encoders"])
+
+
+def default_images_per_batch(resolution: int) -> int:
+    """32, and fewer where 32 squares would have more than about two million pixels; no size has more than they."""
+    return max(1, min(32, (1 << 21) // resolution**2))
 
 
 def _damaged(directory: Path, index: Index, tell: Callable[[str], Any]) -> list[Damaged]:

@@ -191,7 +191,7 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
     with _known_pictures(source, images):
         try:
             for preference in source:
-                own = _own_sizes(preference) if work.framing.looks else ()
+                own = own_sizes(preference) if work.framing.looks else ()
                 size = work.framing.size_for(own)
                 if work.framing.drops(own, size):
                     dropped.append(
@@ -244,7 +244,7 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
     return draft, report, list(left)
 
 
-def _own_sizes(preference: Preference) -> tuple[Size, ...]:
+def own_sizes(preference: Preference) -> tuple[Size, ...]:
     """Of the pair's pictures, upright."""
     sides = zip((preference.winner, preference.loser), preference.pictures, strict=True)
     return tuple(

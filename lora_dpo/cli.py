@@ -11,8 +11,6 @@ import errno
 import importlib
 import importlib.util
 import json
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import typer
 
 from lora_dpo import __version__
 from lora_dpo.errors import LoraDpoError, UserError
+from lora_dpo.recipe_commands import group as recipes
 from lora_dpo.stopping import at_once, stoppable
 from lora_dpo.tinyworld.commands import group as tinyworld
 
@@ -36,7 +35,6 @@ app = typer.Typer(
     help="Align diffusion models to preferences with Diffusion-DPO, training LoRA adapters only.",
     epilog="Start here: lora-dpo train quickstart",
 )
-recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with the package.")
 app.add_typer(recipes, name="recipes")
 app.add_typer(tinyworld, name="tinyworld")
 
@@ -196,6 +194,31 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = F
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="24GB", help="A card's memory. Default: this machine's, if any.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell a run's steps, pairs and peak memory by part, and whether it fits a card.
+
+    Neither the card nor the base's weights are needed. Without data.path everything but the pairs is told.
+    """
+    from lora_dpo import recipe as recipes_
+    from lora_dpo.plan_table import text
+
+    resolved, has_data = recipes_.load_with_or_without_data(recipe, overrides or [])
+    with _reserved_stdout(as_json):
+        from lora_dpo import plan as plans
+
+        document = plans.run(resolved, has_data, gpu=gpu, quiet=quiet)
+    _print_json(document) if as_json else print(text(document))
+
+
+@app.command()
 def cache(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -337,54 +360,3 @@ def _app_package() -> Any:
     sys.modules[APP] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[APP])
     return importlib.import_module(f"{APP}.page")
-
-
-@recipes.command("ls")
-def recipes_ls(as_json: Json = False) -> None:
-    """List the shipped recipes."""
-    from lora_dpo.recipe_toml import find, shipped_names
-
-    rows = [{"name": name, "path": str(find(name)), "about": _first_comment(find(name))} for name in shipped_names()]
-    if as_json:
-        _print_json(rows)
-        return
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        print(f"{row['name']:<{width}}  {row['about']}")
-
-
-def _first_comment(path: Path) -> str:
-    line = path.read_text("utf-8").split("\n", 1)[0]
-    return line.lstrip("# ").strip() if line.startswith("#") else ""
-
-
-@recipes.command("cat")
-def recipes_cat(name: str) -> None:
-    """Print a shipped recipe."""
-    from lora_dpo.recipe_toml import find
-
-    print(find(name).read_text("utf-8"), end="")
-
-
-@recipes.command("cp")
-def recipes_cp(
-    name: str,
-    destination: Annotated[Path, typer.Argument(help="A file or a folder.")] = Path(),
-    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file.")] = False,
-) -> None:
-    """Copy a shipped recipe, to be changed."""
-    from lora_dpo.recipe_toml import find
-
-    source = find(name)
-    target = destination / source.name if destination.is_dir() else destination
-    if target.exists() and not force:
-        raise UserError("there is a file already", where=target, hint="give another name, or --force")
-    if not target.parent.is_dir():
-        raise UserError("no such folder", where=target.parent)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        shutil.copyfile(source, part)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    print(target)

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,21 @@ READERS = min(8, os.cpu_count() or 1)
 TICK_SECONDS = 10.0
 COMMIT_SECONDS = 0.2
 _AT_ONCE = 256
+_READING = ContextVar("reading", default=True)
+
+
+class NotRemembered(Exception):
+    """A digest that only reading the file would give."""
+
+
+@contextlib.contextmanager
+def only_remembered() -> Iterator[None]:
+    """Scope in which no file is read for its digest: `NotRemembered` where it would have to be."""
+    before = _READING.set(False)
+    try:
+        yield
+    finally:
+        _READING.reset(before)
 
 
 def default_cache_dir() -> Path:
@@ -46,6 +62,8 @@ def file_digests(paths: Sequence[Path]) -> Iterator[bytes]:
             while part := list(islice(remaining, _AT_ONCE)):
                 keys = [_key(path, "bytes") for path in part]
                 known = [memory.get(key) for key in keys]
+                if not _READING.get() and None in known:
+                    raise NotRemembered
                 made = [None if found else pool.submit(_read, path) for path, found in zip(part, known, strict=True)]
                 for path, key, found, future in zip(part, keys, known, made, strict=True):
                     digest = found or (_read(path) if future is None else future.result())
@@ -62,6 +80,8 @@ def remembered(path: Path, what: str, compute: Callable[[], bytes]) -> bytes:
     with _Memory() as memory:
         found = memory.get(key)
         if found is None:
+            if not _READING.get():
+                raise NotRemembered
             found = compute()
             memory.put(path, what, key, found)
     return found

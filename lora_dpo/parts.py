@@ -11,14 +11,17 @@ from typing import Any, Literal
 
 import torch
 
-from lora_dpo import __version__, cache, recipe_methods, sources, tinyworld
+from lora_dpo import __version__, cache, optimizers, recipe_methods, sources, tinyworld
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
 from lora_dpo.cache_store import digest
 from lora_dpo.data import PreferenceSource
 from lora_dpo.data.framing import Framing
 from lora_dpo.errors import UserError
+from lora_dpo.fake_device import FakeDevice
 from lora_dpo.families import Family
+from lora_dpo.families.files import ModelFiles
+from lora_dpo.families.hollow import Hollow, Settings, find_settings
 from lora_dpo.file_digests import default_cache_dir
 from lora_dpo.methods import Method, losses, objectives
 from lora_dpo.methods.pairs import PairMethod, reference_composition
@@ -78,18 +81,20 @@ def family(recipe: Recipe, device: torch.device) -> Family:
     return open_base(recipe.base, device)
 
 
-def open_base(chosen: Base, device: torch.device) -> Family:
+def open_base(chosen: Base, device: torch.device, files: ModelFiles | None = None) -> Family:
+    """The family of a base; `files`: its files, opened, in place of those that the recipe names."""
     folder = tinyworld.base_path() if chosen.model == recipes.TINYWORLD else chosen.model
-    options = chosen.model_dump(include={"revision", "vae", "config", "prediction_type", "dtype", "quantization"})
+    of_files: set[str] = {"revision", "vae", "config", "prediction_type"} if files is None else set()
+    options = chosen.model_dump(include=of_files | {"dtype", "quantization"})
     match chosen.family:
         case "sdxl":
             from lora_dpo.families.sdxl import SDXL
 
-            return SDXL(folder, device=device, **options)
+            return SDXL(files or folder, device=device, **options)
         case "stable_diffusion":
             from lora_dpo.families.stable_diffusion import StableDiffusion
 
-            return StableDiffusion(folder, device=device, **options)
+            return StableDiffusion(files or folder, device=device, **options)
 
 
 def base(recipe: Recipe) -> Path | str:
@@ -100,6 +105,25 @@ def base_options(recipe: Recipe) -> dict[str, Any]:
     """What else whoever loads the base model has to know, as far as the recipe says it."""
     chosen = recipe.base.model_dump(include={"revision", "prediction_type"}, exclude_none=True)
     return chosen | ({"single_file": True} if recipe.base.model.endswith(SINGLE_FILE) else {})
+
+
+def hollow_family(recipe: Recipe, fake: FakeDevice) -> tuple[Family, list[str]]:
+    """The family on a fake device, without weights; and what was taken for granted about the base."""
+    settings, notes = _settings(recipe)
+    return open_base(recipe.base, fake.device, Hollow(settings, fake)), notes
+
+
+def family_here(recipe: Recipe) -> Family | None:
+    """The family, if all of its files are on this machine; nothing is fetched."""
+    settings, notes = _settings(recipe)
+    if notes or not isinstance(settings, ModelFiles):
+        return None
+    return open_base(recipe.base, torch.device("cpu"), settings)
+
+
+def _settings(recipe: Recipe) -> tuple[Settings, list[str]]:
+    given = recipe.base.model_dump(include={"revision", "vae", "config", "prediction_type"})
+    return find_settings(base(recipe), family=recipe.base.family, **given)
 
 
 def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSource:
@@ -164,25 +188,41 @@ def start_origin(recipe: Recipe) -> dict[str, str] | None:
 def adapters(recipe: Recipe, family: Family, start: Source | None, tell: Callable[[str], None]) -> Adapters:
     """On the family's denoiser, from their random start or from `start`, which may be the reference then.
 
-    The denoiser computes as many activations again in backward as the recipe says.
-
     Raises:
-        UserError: targets that no layer has; a start that doesn't fit the recipe or the base; too many blocks.
+        UserError: as `fresh_adapters`; a start that doesn't fit the recipe or the base.
     """
-    recompute(family.denoiser, recipe.train.gradient_checkpointing)
-    chosen = recipe.adapter
     begun = start.named_as_in(family) if start is not None else None
-    made = Adapters.attach(
-        family.denoiser,
-        seed=recipe.train.seed,
-        **chosen.model_dump(include={"rank", "alpha", "targets", "dropout", "rslora", "dora"}),
-    )
+    made = fresh_adapters(recipe, family)
     if begun is not None:
         missing = start_from(made, begun.updates, begun.place)
         tell(_begun(begun, len(made.layers), missing, family))
         if reference(recipe) == "adapter":
             made.keep_as_reference()
     return made
+
+
+def fresh_adapters(recipe: Recipe, family: Family) -> Adapters:
+    """On the family's denoiser, from their random start; it computes as many activations again as the recipe says.
+
+    Raises:
+        UserError: targets that no layer has; too many blocks.
+    """
+    recompute(family.denoiser, recipe.train.gradient_checkpointing)
+    return Adapters.attach(
+        family.denoiser,
+        seed=recipe.train.seed,
+        **recipe.adapter.model_dump(include={"rank", "alpha", "targets", "dropout", "rslora", "dora"}),
+    )
+
+
+def optimizer(recipe: Recipe, adapters: Adapters) -> torch.optim.Optimizer:
+    chosen = recipe.train
+    return optimizers.build(
+        chosen.optimizer,
+        adapters.parameters(),
+        learning_rate=chosen.learning_rate,
+        weight_decay=chosen.weight_decay,
+    )
 
 
 def _begun(start: Source, layers: int, missing: int, family: Family) -> str:

@@ -38,6 +38,16 @@ def load(name: str, arguments: Sequence[str] = ()) -> Recipe:
     return validate(document)
 
 
+def load_with_or_without_data(name: str, arguments: Sequence[str] = ()) -> tuple[Recipe, bool]:
+    """As `load`, and whether there are data at all: that `data.path` is left out or doesn't exist is no error here."""
+    try:
+        return load(name, arguments), True
+    except RecipeError as error:
+        if {problem.key for problem in error.problems} != {("data", "path")}:
+            raise
+    return load(name, [*arguments, "data.path=."]), False
+
+
 def validate(document: Document) -> Recipe:
     """The recipe of a document; relative input paths are taken from the file that sets them, and made absolute.
 

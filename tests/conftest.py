@@ -21,6 +21,8 @@ if "LORA_DPO_CACHE" not in os.environ:
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+import lora_dpo.fake_device
+import lora_dpo.ledger  # noqa: F401
 import tests.support.typecheck  # noqa: F401 - the hook looks it up by name
 
 install_import_hook("lora_dpo", "tests.support.typecheck.checked")

@@ -84,6 +84,10 @@ class PreferenceSource(ABC):
     def __iter__(self) -> Iterator[Preference]:
         """Yields the usable rows; raises UserError where none is left."""
 
+    def share_read(self) -> float | None:
+        """Of all rows, how much the iteration that goes on has read; None where it can't be told."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A digest that changes with any byte of the source and with what is selected from it."""

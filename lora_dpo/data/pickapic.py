@@ -65,6 +65,13 @@ class PickAPicParquet(ScreenedSource):
     def fingerprint(self) -> str:
         return content_digest(self._files, "pickapic", self._columns, self._filter, self.selection)
 
+    def share_read(self) -> float | None:
+        rows = 0
+        for path in self._files.values():
+            with _open(path) as file:
+                rows += file.metadata.num_rows
+        return (self.report.rows + self.report.elsewhere.total()) / rows if rows else None
+
     def rows(self) -> Iterator[Row | Unusable]:
         for name, path in self._files.items():
             start = 0

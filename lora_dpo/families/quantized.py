@@ -119,7 +119,10 @@ def quantize(unet: nn.Module, kind: Kind, device: torch.device) -> None:
     Raises:
         UserError: bitsandbytes is missing, or a weight is beyond float16's range.
     """
-    require()
+    library = require()
+    if "dynamic" not in library.name2qmap:
+        with torch.device("cpu"):  # the library would keep its first table on whatever device that was made for
+            library.name2qmap["dynamic"] = library.create_dynamic_map()
     for name in [name for name, module in unet.named_modules() if _wanted(name, module)]:
         parent, _, child = name.rpartition(".")
         owner = unet.get_submodule(parent)

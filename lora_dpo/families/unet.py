@@ -31,7 +31,7 @@ class UNetFamily(Family):
     """A base model with a UNet. Nothing but its configurations is read before it is needed.
 
     Args:
-        base: a diffusers folder, a hub id, or a checkpoint that is one .safetensors file.
+        base: a diffusers folder, a hub id, or a checkpoint that is one .safetensors file; or its files, opened.
         revision: of the hub id: branch, tag or commit.
         vae: another VAE: folder, hub id, or .safetensors file.
         config: for a single file: a diffusers folder or hub id with its configurations and tokenizers.
@@ -49,7 +49,7 @@ class UNetFamily(Family):
 
     def __init__(
         self,
-        base: Path | str,
+        base: Path | str | ModelFiles,
         *,
         revision: str | None = None,
         vae: Path | str | None = None,
@@ -61,7 +61,8 @@ class UNetFamily(Family):
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype {dtype!r}", "dtype", f"one of {', '.join(DTYPES)}")
-        self.folder = _files(base, revision, vae, config, prediction_type)
+        opened = isinstance(base, ModelFiles)
+        self.folder = base if opened else _files(base, revision, vae, config, prediction_type)
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
         self.quantization: quantized.Kind = quantization
         if quantization != "none":

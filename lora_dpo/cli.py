@@ -11,6 +11,8 @@ import errno
 import importlib
 import importlib.util
 import json
+import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -60,6 +62,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else arguments
     # --debug and --json are understood anywhere before a bare `--`.
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    # Of torchvision and of kernels from the hub, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug, as_json = "--debug" in options, "--json" in options
     rest = [a for n, a in enumerate(arguments) if not (a == "--debug" and n < len(options))]
     received = int

@@ -172,7 +172,7 @@ def fill(
 
     Args:
         framing: the pictures' sizes and crops; a number is the side of centre squares.
-        progress: called with (done, total or None, what is being done).
+        progress: called with (done, total or None, what is being done), with 0 done when that begins.
         tell: called with a line on damaged shards, and on other processes that are waited for.
         about: what these pairs are, for people who look into the cache.
         images_per_batch: by default 32, and fewer where 32 pictures would have more than about two million pixels.

@@ -65,12 +65,13 @@ class Work:
     tell: Callable[[str], None]
     encoded: Counter[str]
     use_locks: bool = True
-    shown: int = field(default=0, init=False)
+    shown: int = field(default=-1, init=False)
 
-    def count(self, done: int) -> None:
+    def count(self, done: int, total: int | None) -> None:
+        """Rows of the source; a pass that is made again says nothing until it is further."""
         if self.progress is not None and done > self.shown:
             self.shown = done
-            self.progress(done, None, "encoding images")
+            self.progress(done, total, "encoding images")
 
 
 def encode_images(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport]:
@@ -100,6 +101,8 @@ def encode_prompts(prompts: Iterable[str], work: Work) -> None:
     with _patient_lock(work, "prompts"):
         texts.refresh()
         wanted = missing()
+        if work.progress is not None:
+            work.progress(0, len(wanted), "encoding prompts")
         for start in range(0, len(wanted), PROMPTS_PER_BATCH):
             part = wanted[start : start + PROMPTS_PER_BATCH]
             conditioning = family.encode_prompts(part)
@@ -188,9 +191,12 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
     dropped: list[tuple[str, str, str]] = []
     left: dict[int, None] = {}
     chunk, encoded = _Chunk(work, 0), False
+    work.count(0, source.done()[1])
     with _known_pictures(source, images):
         try:
             for preference in source:
+                read, rows = source.done()
+                work.count(read - 1, rows)
                 own = own_sizes(preference) if work.framing.looks else ()
                 size = work.framing.size_for(own)
                 if work.framing.drops(own, size):
@@ -227,8 +233,8 @@ def _pass(source: PreferenceSource, work: Work) -> tuple[Draft, SourceReport, li
                 draft.labels.append(preference.label)
                 draft.origins.append(preference.origin)
                 draft.prompt_of.append(prompt_of.setdefault(preference.prompt, len(prompt_of)))
-                work.count(len(draft.keys))
             chunk.close()
+            work.count(*source.done())
         finally:
             chunk.release()
     if encoded or chunk.encoded:

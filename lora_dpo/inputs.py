@@ -100,8 +100,9 @@ def count(progress: Progress) -> Callable[[int, int | None, str], None]:
             progress.stop()
             progress.start(total, now)
             what, seen = now, 0
-        progress.advance(done - seen)
-        seen = done
+        if done > seen:
+            progress.advance(done - seen)
+            seen = done
         if done == total:
             progress.stop()
 

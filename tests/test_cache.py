@@ -323,10 +323,18 @@ def test_a_resolution_the_vae_cannot_take(sdxl_path, pairs, tmp_path):
 def test_progress_counts_pairs_and_prompts(sdxl_path, pairs, tmp_path):
     told = []
     fill(PickAPicParquet(pairs), SDXL(sdxl_path), tmp_path, 32, lambda *what: told.append(what))
-    assert [done for done, total, what in told if what == "encoding images"] == list(range(1, 9))
-    done, total, what = told[-1]
-    assert what == "encoding prompts"
-    assert done == total
+    images = [(done, total) for done, total, what in told if what == "encoding images"]
+    assert images == sorted(set(images))
+    assert {total for _, total in images} == {10}
+    assert (images[0], images[-1]) == ((0, 10), (10, 10))
+    assert told[len(images) :] == [(0, 6, "encoding prompts"), (6, 6, "encoding prompts")]
+
+
+def test_with_a_limit_progress_counts_pairs(sdxl_path, pairs, tmp_path):
+    told = []
+    source = PickAPicParquet(pairs, limit=3)
+    fill(source, SDXL(sdxl_path), tmp_path, 32, lambda *what: told.append(what))
+    assert [told for told in told if told[2] == "encoding images"] == [(n, 3, "encoding images") for n in range(4)]
 
 
 class Own(PreferenceSource):

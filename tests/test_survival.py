@@ -137,6 +137,23 @@ def test_a_second_signal_ends_what_the_first_one_is_still_unwinding() -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
 
 
+def test_libraries_keep_quiet(world: Path, tmp_path: Path) -> None:
+    """Each line is of this run: none of transformers about torchvision, of bitsandbytes about kernels, of diffusers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_dpo", "train", str(world / "small.toml"), "base.quantization=nf4", "train.steps=1",
+         f"output.cache_dir={tmp_path / 'cache'}", "--run-dir", str(tmp_path / "run")],
+        cwd=ROOT, env=os.environ | {"CI": ""}, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    ours = ("what=", "of", "rows:", "verified:", "held-out")
+    lines = done.stderr.splitlines()
+    assert len(lines) >= 4
+    assert [
+        line
+        for line in lines
+        if not any(word in line.replace(":", ": ").split() or line.startswith(word) for word in ours)
+    ] == []
+
+
 def copy_of(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 

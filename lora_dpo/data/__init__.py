@@ -84,9 +84,18 @@ class PreferenceSource(ABC):
     def __iter__(self) -> Iterator[Preference]:
         """Yields the usable rows; raises UserError where none is left."""
 
+    def total_rows(self) -> int | None:
+        """Of every split; None where that takes reading them."""
+        return None
+
     def share_read(self) -> float | None:
         """Of all rows, how much the iteration that goes on has read; None where it can't be told."""
-        return None
+        total = self.total_rows()
+        return (self.report.rows + self.report.elsewhere.total()) / total if total else None
+
+    def done(self) -> tuple[int, int | None]:
+        """How far the iteration that goes on is: rows, and of how many."""
+        return self.report.rows + self.report.elsewhere.total(), self.total_rows()
 
     @abstractmethod
     def fingerprint(self) -> str:

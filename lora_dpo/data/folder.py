@@ -47,6 +47,7 @@ class JsonlFolder(ScreenedSource):
     ) -> None:
         super().__init__(_jsonl(Path(path)), Selection(split, heldout_split, heldout_fraction, seed, limit, ties))
         self._root = self.path.parent.resolve()
+        self._total: int | None = None
 
     def fingerprint(self) -> str:
         files = {self.path.name: self.path}
@@ -71,18 +72,26 @@ class JsonlFolder(ScreenedSource):
                 reason, detail = bad.args
                 yield Unusable(origin, reason, detail, split)
 
+    def total_rows(self) -> int:
+        if self._total is None:
+            self._total = sum(1 for _ in self._texts())
+        return self._total
+
     def _lines(self) -> Iterator[tuple[int, Any]]:
         """(line number from 1, its JSON value or the _BadLine it is); blank lines are no rows."""
+        for number, text in self._texts():
+            try:
+                yield number, json.loads(text.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                yield number, _BadLine("not JSON", str(error))
+
+    def _texts(self) -> Iterator[tuple[int, bytes]]:
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                    if not text.strip():
-                        continue
-                    try:
-                        yield number, json.loads(text.decode("utf-8"))
-                    except (ValueError, RecursionError) as error:
-                        yield number, _BadLine("not JSON", str(error))
+                    if text.strip():
+                        yield number, text
         except OSError as error:
             raise UserError(f"can't be read ({error.strerror})", self.path) from error
 

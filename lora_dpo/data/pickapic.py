@@ -61,16 +61,18 @@ class PickAPicParquet(ScreenedSource):
         }
         self._files = _files(self.path)
         self._check_columns(renamed)
+        self._total: int | None = None
 
     def fingerprint(self) -> str:
         return content_digest(self._files, "pickapic", self._columns, self._filter, self.selection)
 
-    def share_read(self) -> float | None:
-        rows = 0
-        for path in self._files.values():
-            with _open(path) as file:
-                rows += file.metadata.num_rows
-        return (self.report.rows + self.report.elsewhere.total()) / rows if rows else None
+    def total_rows(self) -> int:
+        if self._total is None:
+            self._total = 0
+            for path in self._files.values():
+                with _open(path) as file:
+                    self._total += file.metadata.num_rows
+        return self._total
 
     def rows(self) -> Iterator[Row | Unusable]:
         for name, path in self._files.items():

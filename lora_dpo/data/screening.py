@@ -91,6 +91,12 @@ class ScreenedSource(PreferenceSource):
     def rows(self) -> Iterator[Row | Unusable]:
         """Every row, in the source's order."""
 
+    def done(self) -> tuple[int, int | None]:
+        """Rows, and of how many; with a limit, pairs, and of how many at most."""
+        if self.selection.limit is None:
+            return super().done()
+        return self.report.kept, min(self.selection.limit, self.total_rows() or self.selection.limit)
+
     def __iter__(self) -> Iterator[Preference]:
         report = self.report = SourceReport()
         for row, judged in self._judged():

@@ -20,6 +20,7 @@ from lora_dpo.fake_device import FakeDevice, Kind
 from lora_dpo.families import Conditioning, Family, Moments, uncropped
 from lora_dpo.ledger import ADAPTER, ELSEWHERE, GRADIENTS, OPTIMIZER, REFERENCE, WEIGHTS, Ledger, Peak
 from lora_dpo.recipe import Recipe
+from lora_dpo.recompute import blocks
 from lora_dpo.step import accumulate
 
 GIB = 2**30
@@ -49,6 +50,8 @@ class Estimate:
         phases: the peak of each, in the order in which a run comes to them.
         prompt_bytes: what one takes in the cache.
         notes: what was taken for granted.
+        latent_channels, latent_scale: of the family.
+        blocks: of the denoiser that can be computed again; 0 where only the encoding was traced.
     """
 
     device: Kind
@@ -57,6 +60,7 @@ class Estimate:
     notes: list[str]
     latent_channels: int
     latent_scale: int
+    blocks: int = 0
 
     def picture_bytes(self, size: Size) -> int:
         """What a picture takes in the cache: mean and deviation in float32, and its geometry."""
@@ -104,8 +108,10 @@ def estimate(recipe: Recipe, device: Kind = "cuda", among: Collection[str] = PHA
         conditioning = {name: tensor[:1].clone() for name, tensor in conditioning.items()}
         fake.ledger.count(ELSEWHERE, conditioning.values())  # on the disk
     family.release_encoders()
+    count = 0
     if not {*TRAINING, *EVALUATION}.isdisjoint(among):
         adapters = _attached(recipe, family, fake)
+        count = len(blocks(family.denoiser))
         with fake.running():
             if not {*TRAINING}.isdisjoint(among):
                 pairs = BlankPairs(recipe.train.batch_pairs, family, side, conditioning)
@@ -121,6 +127,7 @@ def estimate(recipe: Recipe, device: Kind = "cuda", among: Collection[str] = PHA
         notes=notes,
         latent_channels=family.latent_channels,
         latent_scale=family.latent_scale,
+        blocks=count,
     )
 
 

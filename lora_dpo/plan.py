@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lora_dpo import memory, plan_data
+from lora_dpo import fitting, memory, plan_data
 from lora_dpo.errors import UserError
 from lora_dpo.fake_device import Kind
+from lora_dpo.fitting import Fitting
 from lora_dpo.ledger import PARTS, Peak
 from lora_dpo.memory import GIB, Estimate
 from lora_dpo.plan_data import PlannedData
@@ -33,7 +34,13 @@ def run(recipe: Recipe, has_data: bool = True, *, gpu: str | None = None, quiet:
     found = plan_data.look(recipe, progress) if has_data else None
     progress.message("tracing the memory of a step")
     estimated = memory.estimate(recipe, kind)
-    return _document(recipe, found, estimated, room)
+    document = _document(recipe, found, estimated, room)
+    if room is not None and estimated.needed() > room:
+        progress.message("it doesn't fit: looking for the nearest setting that does")
+        document["nearest"] = _nearest(
+            fitting.nearest(recipe, room, estimated, lambda tried: progress.message(f"  {tried}"))
+        )
+    return document
 
 
 def gpu_bytes(text: str) -> int:
@@ -85,7 +92,17 @@ def _document(recipe: Recipe, found: PlannedData | None, estimated: Estimate, ro
         "needed_gib": _gib(needed),
         "gpu_gib": None if room is None else _gib(room),
         "fits": None if room is None else needed <= room,
+        "nearest": None,
         "notes": estimated.notes,
+    }
+
+
+def _nearest(found: Fitting) -> dict[str, Any]:
+    return {
+        "overrides": found.arguments(),
+        "needed_gib": _gib(found.needed),
+        "fits": found.too_large is None,
+        "too_large": found.too_large,
     }
 
 

@@ -19,6 +19,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield from _memory(document)
     yield ""
     yield from _verdict(document)
+    if document["nearest"] is not None:
+        yield from _nearest(document["nearest"])
     yield from (f"{'note':<{WIDTH}}{note}" for note in document["notes"])
 
 
@@ -73,6 +75,18 @@ def _verdict(document: Mapping[str, Any]) -> Iterator[str]:
         room, left = document["gpu_gib"], document["gpu_gib"] - document["needed_gib"]
         verdict = f"yes, {left:.2f} GiB are left" if document["fits"] else f"no, {-left:.2f} GiB are lacking"
         yield f"{'fits':<{WIDTH}}{room:.2f} GiB: {verdict}"
+
+
+def _nearest(found: Mapping[str, Any]) -> Iterator[str]:
+    changes = " ".join(found["overrides"])
+    if found["fits"]:
+        yield f"{'nearest':<{WIDTH}}{changes}"
+        yield f"{'':<{WIDTH}}with that {found['needed_gib']:.2f} GiB are needed"
+        return
+    with_these = f" with {changes}" if changes else ""
+    yield f"{'nearest':<{WIDTH}}nothing that was tried fits:{with_these} {found['needed_gib']:.2f} GiB are needed"
+    if found["too_large"].startswith("encode"):
+        yield f"{'':<{WIDTH}}for encoding alone: `lora-dpo cache … train.device=cpu` does that in the machine's memory"
 
 
 def _size(count: float) -> str:

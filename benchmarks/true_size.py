@@ -162,6 +162,28 @@ def save_pairs(path: Path, count: int, side: int) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
+def overrides(kind: str, work: Path, resolution: int, steps: int, batch_pairs: int) -> list[str]:
+    """Of the shipped recipe: this base model and these pairs, few steps, no samples, one held-out pair at the end."""
+    return [
+        f"data.path={work / 'pairs.parquet'}",
+        f"base.model={work / 'base'}",
+        *([f"base.vae={work / 'base' / 'vae'}"] if kind == "sdxl" else []),
+        "base.dtype=bfloat16",
+        f"data.resolution={resolution}",
+        f"train.steps={steps}",
+        f"train.batch_pairs={batch_pairs}",
+        "train.micro_batch_pairs=1",
+        "train.save_every_steps=2",
+        "train.warmup_steps=0",
+        "train.learning_rate=1e-4",
+        "evaluate.prompts=0",
+        "evaluate.implicit_pairs=1",
+        f"evaluate.every_steps={steps}",
+        "evaluate.every_steps_pairs=1",
+        f"output.cache_dir={work / 'cache'}",
+    ]
+
+
 def train(command: list[str], run: Path, *, kill_after: int | None, log: Path) -> float:
     """Seconds until it ends; with `kill_after`, SIGKILL as soon as that many steps are in the metrics."""
     began = time.monotonic()
@@ -195,14 +217,8 @@ def main() -> None:
     made = time.monotonic() - began
     save_pairs(work / "pairs.parquet", 8, chosen.resolution)
     lora_dpo = [sys.executable, "-m", "lora_dpo"]
-    command = [
-        *lora_dpo, "train", RECIPES[chosen.kind], f"data.path={work / 'pairs.parquet'}", f"base.model={work / 'base'}",
-        *([f"base.vae={work / 'base' / 'vae'}"] if chosen.kind == "sdxl" else []), "base.dtype=bfloat16",
-        f"data.resolution={chosen.resolution}", f"train.steps={chosen.steps}",
-        f"train.batch_pairs={chosen.batch_pairs}", "train.micro_batch_pairs=1", "train.save_every_steps=2",
-        "train.warmup_steps=0", "train.learning_rate=1e-4", "evaluate.prompts=0", "evaluate.implicit_pairs=0",
-        f"output.cache_dir={work / 'cache'}", *chosen.overrides,
-    ]  # fmt: skip
+    settings = overrides(chosen.kind, work, chosen.resolution, chosen.steps, chosen.batch_pairs)
+    command = [*lora_dpo, "train", RECIPES[chosen.kind], *settings, *chosen.overrides]
     os.environ["HF_HUB_OFFLINE"] = "1"
     runs = {name: work / name for name in ("killed", "whole")}
     log = work / "log.txt"
@@ -224,6 +240,7 @@ def main() -> None:
         "pairs_per_step": chosen.batch_pairs,
         "seconds_per_step": round(steps[len(steps) // 2], 2),
         "peak_memory_gib": result["peak_memory_gib"],
+        "held_out_errors": {name: round(result["implicit"][name], 6) for name in ("error_winner", "ref_error_winner")},
         "losses": [round(line["loss"], 6) for line in lines],
         "killed_and_resumed_is_the_same_bit_for_bit": same,
         "verification": result["verification"],

@@ -168,7 +168,7 @@ def relative_norm(family: Family, adapter: Path) -> float:
     """‖ΔW‖/‖W‖ over the layers that have an adapter, Frobenius."""
     change = base = 0.0
     weights = dict(family.denoiser.named_parameters())
-    for module, update in updates.read(adapter)[0].items():
+    for module, update in updates.of_unet(*updates.load(adapter)).items():
         change += update.dense().square().sum().item()
         base += weights[f"{module}.weight"].detach().double().square().sum().item()
     return (change / base) ** 0.5
@@ -231,7 +231,7 @@ class Shared:
         self.pairs = self._held_out(recipe)
         guidance = recipe.evaluate.guidance
         chosen = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": plan.prompts})})
-        self.evaluation = Pictures(plan, self.family, "heldout", inputs.prompts(chosen), guidance)
+        self.evaluation = Pictures(plan, self.family, "heldout", inputs.prompts(chosen, None), guidance)
         self.tuning = Pictures(plan, self.family, "tuning", tuning_prompts(plan.tuning_prompts), guidance)
         base = self.evaluation.of(plan.work / "base", None)
         self.base_scores = SCORER(base, self.evaluation.prompts)
@@ -259,7 +259,7 @@ class Shared:
             seed=0,
         )
         try:
-            adapters.load_state_dict(updates.to_state(updates.read(adapter)[0]))
+            adapters.load_state_dict(updates.to_state(updates.of_unet(*updates.load(adapter))))
             stream = PairStream(self.pairs, self.family, seed=self._seed, batch_pairs=64)
             return shift(self.family, adapters, stream, draws=2)
         finally:

@@ -68,10 +68,7 @@ class PickAPicParquet(ScreenedSource):
 
     def total_rows(self) -> int:
         if self._total is None:
-            self._total = 0
-            for path in self._files.values():
-                with _open(path) as file:
-                    self._total += file.metadata.num_rows
+            self._total = sum(map(_rows, self._files.values()))
         return self._total
 
     def rows(self) -> Iterator[Row | Unusable]:
@@ -140,6 +137,11 @@ def _open(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"not a readable parquet file ({error})", path) from error
+
+
+def _rows(path: Path) -> int:
+    with _open(path) as file:
+        return file.metadata.num_rows
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_dpo import cache, checkpoint, completion, hub, inputs, optimizers, parts, peak_memory, stopping
+from lora_dpo import cache, checkpoint, completion, fitting, hub, inputs, optimizers, parts, peak_memory, stopping
 from lora_dpo import recipe as recipes
 from lora_dpo import run_dir as run_dirs
 from lora_dpo.adapters import Adapters
@@ -183,6 +183,9 @@ def _execute(
     kept_out = processes.on_main(lambda: inputs.held_out_pairs(recipe, family, directory, progress))
     prompts = processes.on_main(lambda: inputs.prompts(recipe, kept_out)) or []
 
+    if recipe.train.gradient_checkpointing == "auto":
+        choose = partial(fitting.automatic, recipe, run_dir, device, progress.message)
+        recipe = fitting.settled(recipe, processes.from_main(choose))
     adapters = parts.adapters(recipe, family, begun, progress.message)
     del begun  # twice as large as the adapter
     encoding = peak_memory.gib(device)

@@ -2,20 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lora_dpo import memory
+import torch
+
+from lora_dpo import atomic, memory
+from lora_dpo.errors import UserError
 from lora_dpo.fake_device import Kind
-from lora_dpo.memory import DECODING, HELD_OUT, SAMPLING, TRAINING, Estimate
+from lora_dpo.memory import DECODING, GIB, HELD_OUT, SAMPLING, TRAINING, Estimate
 from lora_dpo.recipe import Recipe
 from lora_dpo.recompute import Policy
+from lora_dpo.run_dir import RECOMPUTED
 
 # Of the search for the number of blocks: it ends within an eighth of them.
 HALVINGS = 3
 RESOLUTION_STEP = 64
 QUANTIZATIONS = ("none", "int8", "nf4")  # from large to small
+
+
+def settled(recipe: Recipe, policy: Policy) -> Recipe:
+    """The recipe with this in the place of `gradient_checkpointing = "auto"`."""
+    return _with(recipe, {"train.gradient_checkpointing": policy, "train.memory_budget_gb": None})
+
+
+def automatic(recipe: Recipe, run_dir: Path, device: torch.device, tell: Callable[[str], None]) -> Policy:
+    """What `gradient_checkpointing = "auto"` comes to in this run: chosen once, and kept in its directory.
+
+    It is chosen anew where the run goes on with another budget, or with passes of another size.
+
+    Args:
+        device: without networks on it.
+        tell: called with a line on the choice.
+
+    Raises:
+        UserError: there is no budget, or an optimizer step doesn't fit even with all blocks computed again.
+    """
+    file, chosen = run_dir / RECOMPUTED, recipe.train
+    asked = chosen.model_dump(include={"memory_budget_gb", "micro_batch_pairs", "pair_pass"}) | {"device": device.type}
+    held = _held(file)
+    if held.get("asked") == asked:
+        return held["gradient_checkpointing"]
+    kind: Kind = "cuda" if device.type == "cuda" else "cpu"
+    budget = _budget(recipe, device)
+    tell('tracing an optimizer step, for gradient_checkpointing = "auto"')
+    found = fewest_recomputed(recipe, budget, kind)
+    if found is None:
+        raise UserError(
+            f"a step needs more than {budget / GIB:.2f} GiB even with all activations computed again",
+            where="train.memory_budget_gb" if chosen.memory_budget_gb is not None else "train.gradient_checkpointing",
+            hint=f"`lora-dpo plan RECIPE --gpu {budget / GIB:.1f}GB` tells what fits",
+        )
+    policy, needed = found
+    document = {
+        "gradient_checkpointing": policy,
+        "needed_gib": needed / GIB,
+        "budget_gib": budget / GIB,
+        "asked": asked,
+    }
+    atomic.replace(file, (json.dumps(document, indent=1) + "\n").encode())
+    words = {"none": "no activations are", "full": "all activations are"}
+    what = words.get(str(policy), f"activations of {policy} blocks are")
+    tell(f"{what} computed again: a step needs {needed / GIB:.2f} of {budget / GIB:.2f} GiB")
+    return policy
+
+
+def _held(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) and "gradient_checkpointing" in held else {}
+
+
+def _budget(recipe: Recipe, device: torch.device) -> int:
+    if recipe.train.memory_budget_gb is not None:
+        return int(recipe.train.memory_budget_gb * GIB)
+    if device.type != "cuda":
+        raise UserError(
+            f"it has to be given on this device ({device.type})",
+            where="train.memory_budget_gb",
+            hint='or give gradient_checkpointing = "none", "full" or a number of blocks',
+        )
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + memory.CONTEXT_BYTES  # which is taken already, and which the traced need has in it
 
 
 def fewest_recomputed(recipe: Recipe, room: int, device: Kind) -> tuple[Policy, int] | None:
@@ -200,7 +274,7 @@ def _halves(count: int) -> Iterator[int]:
         yield count
 
 
-def _with(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+def _with(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with `section.key` replaced."""
     for key, value in changes.items():
         section, _, name = key.partition(".")

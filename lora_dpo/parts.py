@@ -17,7 +17,7 @@ from lora_dpo.adapters import Adapters
 from lora_dpo.cache_store import digest
 from lora_dpo.data import PreferenceSource
 from lora_dpo.data.framing import Framing
-from lora_dpo.errors import UserError
+from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.fake_device import FakeDevice
 from lora_dpo.families import Family
 from lora_dpo.families.files import ModelFiles
@@ -207,7 +207,10 @@ def fresh_adapters(recipe: Recipe, family: Family) -> Adapters:
     Raises:
         UserError: targets that no layer has; too many blocks.
     """
-    recompute(family.denoiser, recipe.train.gradient_checkpointing)
+    policy = recipe.train.gradient_checkpointing
+    if policy == "auto":
+        raise LoraDpoError("how many blocks are computed again has to be settled before")
+    recompute(family.denoiser, policy)
     return Adapters.attach(
         family.denoiser,
         seed=recipe.train.seed,

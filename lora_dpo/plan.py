@@ -33,14 +33,29 @@ def run(recipe: Recipe, has_data: bool = True, *, gpu: str | None = None, quiet:
     progress = make_progress(quiet=quiet)
     found = plan_data.look(recipe, progress) if has_data else None
     progress.message("tracing the memory of a step")
+    given, recipe = recipe, _settled(recipe, room, kind)
     estimated = memory.estimate(recipe, kind)
     document = _document(recipe, found, estimated, room)
     if room is not None and estimated.needed() > room:
         progress.message("it doesn't fit: looking for the nearest setting that does")
-        document["nearest"] = _nearest(
-            fitting.nearest(recipe, room, estimated, lambda tried: progress.message(f"  {tried}"))
-        )
+        found_too = fitting.nearest(recipe, room, estimated, lambda tried: progress.message(f"  {tried}"))
+        document["nearest"] = _nearest(found_too, given, room)
     return document
+
+
+def _settled(recipe: Recipe, room: int | None, kind: Kind) -> Recipe:
+    """With what `gradient_checkpointing = "auto"` comes to, "full" where nothing fits."""
+    if recipe.train.gradient_checkpointing != "auto":
+        return recipe
+    budget = room if recipe.train.memory_budget_gb is None else int(recipe.train.memory_budget_gb * GIB)
+    if budget is None:
+        raise UserError(
+            'gradient_checkpointing = "auto" depends on a memory',
+            where="train.memory_budget_gb",
+            hint="give it, or a card as --gpu 24GB",
+        )
+    found = fitting.fewest_recomputed(recipe, budget, kind)
+    return fitting.settled(recipe, "full" if found is None else found[0])
 
 
 def gpu_bytes(text: str) -> int:
@@ -75,6 +90,7 @@ def _document(recipe: Recipe, found: PlannedData | None, estimated: Estimate, ro
         "batch_pairs": batch,
         "passes_per_step": -(-batch // size),
         "pairs_per_pass": size,
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
         "pairs": pairs,
         "epochs": None if pairs is None else round(recipe.train.steps * batch / pairs, 4),
         "data": None if found is None else found.to_json(recipe.data.path),
@@ -97,9 +113,14 @@ def _document(recipe: Recipe, found: PlannedData | None, estimated: Estimate, ro
     }
 
 
-def _nearest(found: Fitting) -> dict[str, Any]:
+def _nearest(found: Fitting, given: Recipe, room: int) -> dict[str, Any]:
+    overrides = dict(found.overrides)
+    if given.train.gradient_checkpointing == "auto":  # which comes to the same by itself
+        overrides.pop("train.gradient_checkpointing", None)
+        if given.train.memory_budget_gb is not None:
+            overrides["train.memory_budget_gb"] = room / GIB
     return {
-        "overrides": found.arguments(),
+        "overrides": [f"{key}={value}" for key, value in overrides.items()],
         "needed_gib": _gib(found.needed),
         "fits": found.too_large is None,
         "too_large": found.too_large,

@@ -28,6 +28,9 @@ def _work(document: Mapping[str, Any]) -> Iterator[str]:
     data, epochs = document["data"], document["epochs"]
     passes, size = document["passes_per_step"], document["pairs_per_pass"]
     of = f"{document['batch_pairs']:,} pairs" + (f" in {passes:,} passes of {size}" if passes > 1 else "")
+    again = {"none": "", "full": "; all activations are computed again"}
+    checkpointing = document["gradient_checkpointing"]
+    of += again.get(checkpointing, f"; activations of {checkpointing} blocks are computed again")
     seen = "" if epochs is None else f"; {epochs:,.2f} epochs"
     yield f"{'steps':<{WIDTH}}{document['steps']:,} of {of}{seen}"
     if data is None:

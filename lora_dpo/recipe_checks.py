@@ -221,6 +221,17 @@ def _ema(view: _View) -> Found:
         yield ("train", "ema_decay"), "schedule_free_adamw averages the weights itself: leave one of the two out"
 
 
+def _memory_budget(view: _View) -> Found:
+    automatic, budget = view["train.gradient_checkpointing"] == "auto", view["train.memory_budget_gb"]
+    if budget is not None and not automatic:
+        yield ("train", "memory_budget_gb"), 'it has no effect but with gradient_checkpointing = "auto"'
+    if automatic and budget is None and view["train.device"] == "cpu":
+        yield (
+            ("train", "memory_budget_gb"),
+            'gradient_checkpointing = "auto" needs it on a CPU, whose memory other programs share',
+        )
+
+
 def _held_out(view: _View) -> Found:
     every = view["evaluate.every_steps"]
     if every is None and view["evaluate.checkpoint"] == "best":
@@ -233,5 +244,5 @@ _CHECKS: tuple[Callable[[_View], Found], ...] = (
     _micro_batch, _timesteps, _reference_cache, _labels, _ties, _min_snr, _splits, _columns, _scorer,
     _buckets,
     _data_exists, _prompts_exist, _model_exists, _start_exists, _reference, _config_of_a_single_file,
-    _tinyworld_family, _optimizer, _spike, _ema, _held_out,
+    _tinyworld_family, _optimizer, _spike, _ema, _memory_budget, _held_out,
 )  # fmt: skip

@@ -107,8 +107,12 @@ class Train(Section):
     )
     save_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
-    gradient_checkpointing: Literal["none", "full"] | Positive = Field(
-        default="none", description="compute activations again: none, of all blocks (full), or of so many"
+    gradient_checkpointing: Literal["none", "full", "auto"] | Positive = Field(
+        default="none",
+        description="compute activations again: none, of all blocks (full), of so many, or of as few as fit (auto)",
+    )
+    memory_budget_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="auto: GiB that training may take; default: what is free on the CUDA device"
     )
     pair_pass: Literal["plain", "split"] = Field(
         default="plain", description="split: one image at a time, with half of a pair's activations"
@@ -119,11 +123,11 @@ class Train(Section):
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _in_these_words(cls, value: object) -> object:
-        if value in ("none", "full") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        if value in ("none", "full", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
         now = {True: ' ("full" is what true was)', False: ' ("none" is what false was)'}
         said = now[value] if isinstance(value, bool) else ""
-        raise ValueError(f'got {shown(value)}, expected "none", "full" or a number of blocks{said}')
+        raise ValueError(f'got {shown(value)}, expected "none", "full", "auto" or a number of blocks{said}')
 
 
 class Evaluate(Section):
@@ -185,6 +189,7 @@ FREE_KEYS = frozenset(
         "train.keep_checkpoints",
         "train.micro_batch_pairs",
         "train.gradient_checkpointing",
+        "train.memory_budget_gb",
         "train.pair_pass",
         "method.reference_cache",
     }

@@ -15,6 +15,7 @@ from lora_dpo.run_lock import LOCK, locked
 
 RECIPE, RESULT, METRICS = "recipe.toml", "result.json", "metrics.jsonl"
 ADAPTER, KOHYA, SAMPLES = "adapter", "kohya", "samples"
+RECOMPUTED = "recomputed.json"
 GRID, CURVES, CARD = "before_after.png", "curves.png", "README.md"
 
 

@@ -146,6 +146,9 @@ EFFECTS: dict[str, Effect | list[Effect]] = {
     "train.gradient_checkpointing": [
         Effect(f"train.gradient_checkpointing={value}", "passes") for value in ("full", 1)
     ],
+    "train.memory_budget_gb": Effect(
+        "train.memory_budget_gb=1e-6", "refused", "train.gradient_checkpointing=auto train.memory_budget_gb=4"
+    ),
     "train.pair_pass": Effect("train.pair_pass=split", "passes"),
     "train.precision": Effect("train.precision=bfloat16"),
     "train.device": [Effect(f"train.device={name}", "refused") for name in ("cuda", "cuda:1", "mps")],

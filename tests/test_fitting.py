@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from lora_dpo import fitting, memory, plan, recipe
+from lora_dpo import build, fitting, memory, plan, recipe, step
+from lora_dpo.errors import UserError
 from lora_dpo.fake_device import Kind
 from lora_dpo.fitting import fewest_recomputed, nearest
 from lora_dpo.memory import DECODING, EVALUATION, TRAINING, Estimate
 from lora_dpo.plan_table import text
-from tests.support.models import save_random_sd
+from lora_dpo.run_dir import RECOMPUTED
+from lora_dpo.step import accumulate
+from tests.support.live_memory import LiveMemory
+from tests.support.models import save_random_pairs, save_random_sd
 from tests.test_memory import BASE
 
 
@@ -125,3 +132,114 @@ def test_the_plan_says_it(load, monkeypatch) -> None:
     assert document["nearest"]["fits"] is False
     assert "nothing that was tried fits" in text(document)
     assert "`lora-dpo cache" in text(document)
+
+
+RECIPE = """
+[data]
+path = "{folder}/pairs.parquet"
+heldout_fraction = 0.0
+resolution = 64
+[base]
+family = "stable_diffusion"
+model = "{folder}/base"
+[adapter]
+rank = 2
+[method]
+kind = "dpo"
+[train]
+steps = 1
+batch_pairs = 2
+gradient_checkpointing = "auto"
+device = "cpu"
+[evaluate]
+prompts = 0
+implicit_pairs = 0
+[output]
+cache_dir = "{folder}/cache"
+"""
+
+
+@pytest.fixture(scope="module")
+def automatic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("automatic")
+    save_random_sd(folder / "base")
+    save_random_pairs(folder / "pairs.parquet", 4)
+    (folder / "small.toml").write_text(RECIPE.format(folder=folder))
+
+    def loaded(room: float, *overrides: str) -> recipe.Recipe:
+        return recipe.load(str(folder / "small.toml"), [f"train.memory_budget_gb={room / memory.GIB}", *overrides])
+
+    return loaded
+
+
+def test_a_run_chooses_keeps_and_obeys_its_budget(automatic, tmp_path, monkeypatch) -> None:
+    """What tensors really held is what was traced, and the choice is seen in it."""
+    needed = {
+        policy: estimate(fitting.settled(automatic(1), policy), "cpu", TRAINING).needed() for policy in ("none", "full")
+    }
+    room = (needed["none"] + needed["full"]) // 2
+    held: list[int] = []
+
+    def measured(method, batch, *more):
+        with LiveMemory() as live:
+            sums = accumulate(method, batch, *more)
+        held.append(live.peak)
+        return sums
+
+    monkeypatch.setattr(step, "accumulate", measured)
+    for name, size in (("plain", needed["none"]), ("some", room), ("full", needed["full"])):
+        build.run(automatic(size), tmp_path / name, quiet=True)
+    chosen = {
+        name: json.loads((tmp_path / name / RECOMPUTED).read_text())["gradient_checkpointing"]
+        for name in ("plain", "some", "full")
+    }
+    assert (chosen["plain"], chosen["full"]) == ("none", "full")
+    assert 0 < chosen["some"] < estimate(fitting.settled(automatic(1), "full"), "cpu", TRAINING).blocks
+    assert held[0] > held[1] > held[2]
+    learned = [load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors") for name in chosen]
+    for name, weight in learned[0].items():
+        assert all(torch.equal(other[name], weight) for other in learned[1:])
+    # Resumed, nothing is traced again; with another budget it is.
+    monkeypatch.setattr(memory, "estimate", lambda *_: pytest.fail("an optimizer step was traced"))
+    device = torch.device("cpu")
+    assert fitting.automatic(automatic(room), tmp_path / "some", device, print) == chosen["some"]
+    with pytest.raises(pytest.fail.Exception):
+        fitting.automatic(automatic(room + 1), tmp_path / "some", device, print)
+
+
+def test_a_step_that_fits_in_no_way_is_refused_before_it_begins(automatic, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"more than 0\.00 GiB even with all activations") as error:
+        fitting.automatic(automatic(1000), tmp_path, torch.device("cpu"), print)
+    assert error.value.where == "train.memory_budget_gb"
+    assert "lora-dpo plan" in (error.value.hint or "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_is_the_free_memory_of_the_device(automatic, tmp_path, monkeypatch) -> None:
+    chosen = automatic(1, "train.device=auto")
+    chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"memory_budget_gb": None})})
+    with pytest.raises(UserError, match=r"has to be given on this device \(mps\)"):
+        fitting.automatic(chosen, tmp_path, torch.device("mps"), print)
+    full = estimate(fitting.settled(chosen, "full"), "cuda", TRAINING).needed()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (full - memory.CONTEXT_BYTES, 10 * full))
+    assert fitting.automatic(chosen, tmp_path, torch.device("cuda"), print) == "full"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.gradient_checkpointing=none", "train.memory_budget_gb=3"], "it has no effect but with"),
+        (["train.gradient_checkpointing=auto", "train.device=cpu"], "needs it on a CPU"),
+    ],
+)
+def test_a_budget_without_an_effect_and_a_choice_without_a_budget_are_refused(load, overrides, part) -> None:
+    with pytest.raises(UserError, match=part):
+        load(*overrides)
+
+
+def test_a_plan_shows_what_the_choice_comes_to(automatic) -> None:
+    full = estimate(fitting.settled(automatic(1), "full"), "cpu", TRAINING).needed()
+    document = plan.run(automatic(full), False, quiet=True)
+    assert document["gradient_checkpointing"] == "full"
+    assert "all activations are computed again" in text(document)

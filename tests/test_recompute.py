@@ -138,8 +138,8 @@ def test_the_recipe_chooses(world, tmp_path, policy, again):
     [
         ("true", r'\("full" is what true was\)'),
         ("false", r'\("none" is what false was\)'),
-        ("0", 'got 0, expected "none", "full" or a number of blocks'),
-        ("some", 'got "some", expected "none", "full" or a number of blocks'),
+        ("0", 'got 0, expected "none", "full", "auto" or a number of blocks'),
+        ("some", 'got "some", expected "none", "full", "auto" or a number of blocks'),
         ("2.5", "got 2.5"),
     ],
 )

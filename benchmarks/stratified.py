@@ -91,7 +91,7 @@ def main() -> None:
     pairs = inputs.pairs(recipe, family, parts.cache_dir(recipe), NoProgress())
     with tempfile.TemporaryDirectory() as directory:
         trained = build.run(recipe, Path(directory) / "run", quiet=True)
-        state = updates.to_state(updates.read(Path(directory) / "run" / trained.result["adapter"])[0])
+        state = updates.to_state(updates.of_unet(*updates.load(Path(directory) / "run" / trained.result["adapter"])))
     rows = []
     for after in (0, chosen.train_steps):
         adapters = Adapters.attach(family.denoiser, rank=recipe.adapter.rank, alpha=recipe.adapter.rank, seed=0)

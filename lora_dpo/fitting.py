@@ -26,7 +26,7 @@ QUANTIZATIONS = ("none", "int8", "nf4")  # from large to small
 
 def settled(recipe: Recipe, policy: Policy) -> Recipe:
     """The recipe with this in the place of `gradient_checkpointing = "auto"`."""
-    return _with(recipe, {"train.gradient_checkpointing": policy, "train.memory_budget_gb": None})
+    return with_changes(recipe, {"train.gradient_checkpointing": policy, "train.memory_budget_gb": None})
 
 
 def automatic(recipe: Recipe, run_dir: Path, device: torch.device, tell: Callable[[str], None]) -> Policy:
@@ -103,7 +103,7 @@ def fewest_recomputed(recipe: Recipe, room: int, device: Kind) -> tuple[Policy, 
     """
 
     def needed(policy: Policy) -> Estimate:
-        return memory.estimate(_with(recipe, {"train.gradient_checkpointing": policy}), device, TRAINING)
+        return memory.estimate(with_changes(recipe, {"train.gradient_checkpointing": policy}), device, TRAINING)
 
     full = needed("full")
     if full.needed() > room:
@@ -171,7 +171,7 @@ class _Search:
 
     @property
     def recipe(self) -> Recipe:
-        return _with(self._given, self.overrides)
+        return with_changes(self._given, self.overrides)
 
     def training(self) -> None:
         if self._fits({}):
@@ -264,7 +264,7 @@ class _Search:
     def _fits(self, changes: dict[str, Any], among: Sequence[str] = (*TRAINING, HELD_OUT)) -> bool:
         if not self.overrides and not changes:
             return self._estimated.needed(among) <= self._room
-        changed = _with(self.recipe, changes)
+        changed = with_changes(self.recipe, changes)
         return memory.estimate(changed, self._device, among).needed() <= self._room
 
 
@@ -274,7 +274,7 @@ def _halves(count: int) -> Iterator[int]:
         yield count
 
 
-def _with(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with `section.key` replaced."""
     for key, value in changes.items():
         section, _, name = key.partition(".")

@@ -130,32 +130,23 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
     data = recipe.data
     path = tinyworld.preferences_path() if data.path == recipes.TINYWORLD else Path(data.path)
     ties = data.ties if split == data.split else "drop"  # the evaluation asks which image is the better one
+    options: dict[str, Any] = {
+        "split": split,
+        "heldout_split": data.heldout_split,
+        "heldout_fraction": data.heldout_fraction,
+        "seed": recipe.train.seed,
+        "limit": limit or data.limit,
+        "ties": ties,
+    }
     match data.kind:
         case "pickapic":
             from lora_dpo.data.pickapic import PickAPicParquet
 
-            return PickAPicParquet(
-                path,
-                columns=data.columns,
-                split=split,
-                heldout_split=data.heldout_split,
-                heldout_fraction=data.heldout_fraction,
-                seed=recipe.train.seed,
-                limit=limit or data.limit,
-                ties=ties,
-            )
+            return PickAPicParquet(path, columns=data.columns, **options)
         case "folder":
-            from lora_dpo.data.folder import JsonlFolder
+            from lora_dpo.data.folder import open_folder
 
-            return JsonlFolder(
-                path,
-                split=split,
-                heldout_split=data.heldout_split,
-                heldout_fraction=data.heldout_fraction,
-                seed=recipe.train.seed,
-                limit=limit or data.limit,
-                ties=ties,
-            )
+            return open_folder(path, **options)
 
 
 def framing(recipe: Recipe) -> Framing:

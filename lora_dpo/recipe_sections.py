@@ -15,7 +15,7 @@ class Data(Section):
     """Preference pairs and how pictures become training pixels."""
 
     kind: Literal["pickapic", "folder"] = Field(
-        default="pickapic", description="parquet in Pick-a-Pic's columns, or JSONL"
+        default="pickapic", description="parquet in Pick-a-Pic's columns, or a folder of pictures"
     )
     path: Text = Field(description='"tinyworld" for the embedded pairs, else a file or folder')
     columns: dict[str, str] = Field(default={}, description="pickapic: our name → your column's name")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_dpo import file_digests
 from lora_dpo.cache import CachedPairs, fill
-from lora_dpo.data.folder import JsonlFolder
+from lora_dpo.data.folder import open_folder
 from lora_dpo.data.framing import Framing
 from lora_dpo.families.sdxl import SDXL
 from tests.support.models import png, save_random_sdxl
@@ -51,7 +51,7 @@ def world(original: Path, tmp_path: Path, monkeypatch) -> Path:
 
 
 def filled(folder: Path, framing: Framing | int = 32, **options) -> CachedPairs:
-    return fill(JsonlFolder(folder), SDXL(folder / "base", **options), folder / "cache", framing)
+    return fill(open_folder(folder), SDXL(folder / "base", **options), folder / "cache", framing)
 
 
 def repainted(folder: Path) -> None:

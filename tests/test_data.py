@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_dpo.data import split_by_prompt
-from lora_dpo.data.folder import JsonlFolder
+from lora_dpo.data.folder import open_folder
 from lora_dpo.data.images import decode, to_pixels
 from lora_dpo.data.pickapic import PickAPicParquet
 from lora_dpo.errors import UserError
@@ -372,7 +372,7 @@ def test_both_forms_of_a_row(tmp_path, value, winner):
         {"prompt": "p", "winner": A, "loser": B},
         {"prompt": "q", "image_a": A, "image_b": B, "preference": value},
     )
-    first, second = JsonlFolder(tmp_path)
+    first, second = open_folder(tmp_path)
     assert first.winner == (tmp_path / A).read_bytes()
     assert first.origin == "pairs.jsonl:1"
     assert second.winner == (tmp_path / winner).read_bytes()
@@ -381,7 +381,7 @@ def test_both_forms_of_a_row(tmp_path, value, winner):
 @pytest.mark.parametrize(("value", "winner", "label"), [(0.8, A, 0.8), (0.25, B, 0.75), (0.5, A, 0.5), ("tie", A, 0.5)])
 def test_a_share_of_votes_is_a_label(tmp_path, value, winner, label):
     folder(tmp_path, {"prompt": "q", "image_a": A, "image_b": B, "preference": value})
-    (pair,) = JsonlFolder(tmp_path, ties="half")
+    (pair,) = open_folder(tmp_path, ties="half")
     assert pair.winner == (tmp_path / winner).read_bytes()
     assert pair.label == label
 
@@ -390,7 +390,7 @@ def test_a_share_of_votes_is_a_label(tmp_path, value, winner, label):
 def test_a_label_outside_of_0_to_1_is_refused(tmp_path, value):
     folder(tmp_path, {"prompt": "q", "image_a": A, "image_b": B, "preference": value})
     with pytest.raises(UserError, match="bad preference"):
-        list(JsonlFolder(tmp_path))
+        list(open_folder(tmp_path))
 
 
 def test_bad_lines_are_counted_with_their_place(tmp_path):
@@ -422,7 +422,7 @@ def test_bad_lines_are_counted_with_their_place(tmp_path):
     (root / "link.png").symlink_to(tmp_path / "outside.png")
     with (root / "pairs.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "p", "winner": A, "loser": "link.png"}) + "\n")
-    source = JsonlFolder(root)
+    source = open_folder(root)
     assert [pair.prompt for pair in source] == ["gut ü ✓"]
     assert source.report.dropped == {
         "not JSON": 2,
@@ -439,24 +439,24 @@ def test_bad_lines_are_counted_with_their_place(tmp_path):
     }
     assert source.report.examples["not JSON"][0].startswith("pairs.jsonl:2: ")
     assert source.report.examples["not a JSON object"][0].startswith("pairs.jsonl:4: ")
-    assert source.fingerprint() == JsonlFolder(root).fingerprint()
+    assert source.fingerprint() == open_folder(root).fingerprint()
 
 
 def test_the_folders_fingerprint_follows_lines_and_pictures(tmp_path):
     folder(tmp_path, {"prompt": "p", "winner": A, "loser": B})
-    seen = {JsonlFolder(tmp_path).fingerprint()}
+    seen = {open_folder(tmp_path).fingerprint()}
     (tmp_path / A).write_bytes(picture())
-    seen.add(JsonlFolder(tmp_path).fingerprint())
+    seen.add(open_folder(tmp_path).fingerprint())
     folder(tmp_path, {"prompt": "q", "winner": A, "loser": B})
-    seen.add(JsonlFolder(tmp_path).fingerprint())
+    seen.add(open_folder(tmp_path).fingerprint())
     assert len(seen) == 3
 
 
 def test_rows_name_their_split_or_are_divided_by_prompt(tmp_path):
     lines = [{"prompt": f"p{i}", "winner": A, "loser": B} for i in range(30)]
     folder(tmp_path, {**lines[0], "prompt": "own", "split": "heldout"}, *lines)
-    train = {pair.prompt for pair in JsonlFolder(tmp_path, split="train", heldout_fraction=0.3)}
-    heldout = {pair.prompt for pair in JsonlFolder(tmp_path, split="heldout", heldout_fraction=0.3)}
+    train = {pair.prompt for pair in open_folder(tmp_path, split="train", heldout_fraction=0.3)}
+    heldout = {pair.prompt for pair in open_folder(tmp_path, split="heldout", heldout_fraction=0.3)}
     assert "own" in heldout
     assert not train & heldout
     assert len(train | heldout) == 31
@@ -465,22 +465,22 @@ def test_rows_name_their_split_or_are_divided_by_prompt(tmp_path):
 
 def test_which_file_of_a_folder(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        JsonlFolder(tmp_path / "none")
-    with pytest.raises(UserError, match=r"no \.jsonl file"):
-        JsonlFolder(tmp_path)
+        open_folder(tmp_path / "none")
+    with pytest.raises(UserError, match="no table in this folder"):
+        open_folder(tmp_path)
     folder(tmp_path, {"prompt": "x", "winner": A, "loser": B}, name="x.jsonl")
-    assert len(list(JsonlFolder(tmp_path))) == 1
+    assert len(list(open_folder(tmp_path))) == 1
     folder(tmp_path, {"prompt": "y", "winner": A, "loser": B}, name="y.jsonl")
     with pytest.raises(UserError, match=r"several .*x\.jsonl, y\.jsonl"):
-        JsonlFolder(tmp_path)
+        open_folder(tmp_path)
     folder(tmp_path, "\ufeff" + json.dumps({"prompt": "z", "winner": A, "loser": B}))
-    assert [pair.prompt for pair in JsonlFolder(tmp_path)] == ["z"]
+    assert [pair.prompt for pair in open_folder(tmp_path)] == ["z"]
 
 
 def test_a_useless_file_is_an_error(tmp_path):
     folder(tmp_path, "nothing", "of use")
     with pytest.raises(UserError, match=r"2 rows: 0 kept, 2 not JSON"):
-        list(JsonlFolder(tmp_path))
+        list(open_folder(tmp_path))
 
 
 JSON = st.recursive(
@@ -495,7 +495,7 @@ KEYS = st.sampled_from(["prompt", "winner", "loser", "image_a", "image_b", "pref
 @given(st.lists(st.dictionaries(KEYS, JSON, max_size=5).map(json.dumps) | st.text(max_size=20), max_size=5))
 def test_garbage_lines_never_crash(tmp_path, lines):
     folder(tmp_path, {"prompt": "good", "winner": A, "loser": B}, *lines)
-    source = JsonlFolder(tmp_path)
+    source = open_folder(tmp_path)
     assert len(list(source)) == source.report.kept >= 1
     assert source.report.rows == source.report.kept + source.report.dropped.total()
     assert source.fingerprint()

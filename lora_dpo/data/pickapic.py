@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from lora_dpo.data import parquet
 from lora_dpo.data.screening import Row, ScreenedSource, Selection, Ties, Unusable, content_digest
 from lora_dpo.errors import UserError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "caption")
 OPTIONAL = ("label_1", "has_label", "split")
-ROWS_PER_BATCH = 64
 
 
 class PickAPicParquet(ScreenedSource):
@@ -68,29 +67,19 @@ class PickAPicParquet(ScreenedSource):
 
     def total_rows(self) -> int:
         if self._total is None:
-            self._total = sum(map(_rows, self._files.values()))
+            self._total = sum(map(parquet.number_of_rows, self._files.values()))
         return self._total
 
     def rows(self) -> Iterator[Row | Unusable]:
         for name, path in self._files.items():
-            start = 0
-            with _open(path) as file:
-                held = set(file.schema_arrow.names)
-                columns = {ours: theirs for ours, theirs in self._columns.items() if theirs in held}
-                batches = file.iter_batches(ROWS_PER_BATCH, columns=[*{*columns.values(), *self._filter}])
-                while True:
-                    try:
-                        batch = next(batches, None)
-                    except (pa.ArrowException, OSError) as error:
-                        raise UserError(f"the parquet file is damaged after row {start}: {error}", path) from error
-                    if batch is None:
-                        break
-                    yield from self._batch(batch, columns, name, start)
-                    start += batch.num_rows
+            held = set(parquet.schema(path).names)
+            columns = {ours: theirs for ours, theirs in self._columns.items() if theirs in held}
+            for start, batch in parquet.batches(path, [*{*columns.values(), *self._filter}]):
+                yield from self._batch(batch, columns, name, start)
 
     def _batch(self, batch: pa.RecordBatch, columns: dict[str, str], name: str, start: int) -> Iterator[Row | Unusable]:
-        values = {ours: _values(batch.column(theirs)) for ours, theirs in columns.items()}
-        chosen = {theirs: _values(batch.column(theirs)) for theirs in self._filter}
+        values = {ours: parquet.values(batch.column(theirs)) for ours, theirs in columns.items()}
+        chosen = {theirs: parquet.values(batch.column(theirs)) for theirs in self._filter}
         for index in range(batch.num_rows):
             if all(chosen[theirs][index] in wanted for theirs, wanted in self._filter.items()):
                 yield _row({ours: column[index] for ours, column in values.items()}, f"{name}:{start + index}")
@@ -100,8 +89,7 @@ class PickAPicParquet(ScreenedSource):
     def _check_columns(self, renamed: dict[str, str]) -> None:
         problems = []
         for name, path in self._files.items():
-            with _open(path) as file:
-                schema = file.schema_arrow
+            schema = parquet.schema(path)
             wanted = {*REQUIRED, *renamed}
             missing = [self._columns[ours] for ours in REQUIRED + OPTIONAL if ours in wanted and ours in self._columns]
             missing = [theirs for theirs in [*missing, *self._filter] if theirs not in schema.names]
@@ -131,40 +119,10 @@ def _files(path: Path) -> dict[str, Path]:
     return {(file.relative_to(root) if root else file).as_posix(): file for file in found}
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        # Without pre-buffering, and with a small buffer, a row group of pictures is never held as a whole.
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"not a readable parquet file ({error})", path) from error
-
-
-def _rows(path: Path) -> int:
-    with _open(path) as file:
-        return file.metadata.num_rows
-
-
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        # As bytes first: one invalid character must cost one row, not the batch.
-        wide = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        return [_text(value) for value in column.view(wide).to_pylist()]
-    return column.to_pylist()
-
-
-def _text(value: bytes | None) -> str | bytes | None:
-    try:
-        return None if value is None else value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
 
 
 def _split(values: Mapping[str, list[Any]], index: int) -> str | None:

@@ -5,14 +5,15 @@
 All train a LoRA of the same rank on the same UNet's weights, on the same pairs, one pair a step. Modes:
 
     published           `published.py`: VAE, text encoders, policy with gradient checkpointing, reference, AdamW
-    published, bf16     the same with adapters in bfloat16, as the scripts have them under bfloat16
+    published, bf16     the same with adapters in bfloat16, as the scripts have them under bfloat16 (--bf16-adapters)
     first               ours in the first epoch: pairs are encoded, the reference is computed
     cached              ours in later epochs: the reference's errors are stored (method.reference_cache)
     …, checkpointing    ours with train.gradient_checkpointing = "full"
     bare                forward and backward pass of our policy, and nothing else
     encoding            not a step: what ours computes once per pair before the first epoch
 
-The modes take turns, so that what else the machine does meets all of them; the figures are medians over the turns.
+The modes take turns, so that what else the machine does meets all of them; the figures are medians over the turns. On
+a machine that others use at the same time, the processor's seconds say more than the clock's: both are printed.
 Ours is the package's own: `lora_dpo.parts` makes what the shipped recipe names, `lora_dpo.step` makes the step.
 `--profile` says where the time goes. `--variants` compares settings of torch with ours as it is, instead. Bases of true
 size have random weights (`true_size.py`). Prints tables, and with --json a last line of JSON.
@@ -72,11 +73,11 @@ def published(ours: Ours, unet: Any, adapter_dtype: torch.dtype, seed: int = 0) 
     )
 
 
-def side_by_side(ours: Ours) -> tuple[dict[str, Mode], dict[str, Published]]:
+def side_by_side(ours: Ours, *, bf16_adapters: bool) -> tuple[dict[str, Mode], dict[str, Published]]:
     """All modes by name, and the published loops among them."""
     denoiser = ours.family.denoiser
     loops = {PUBLISHED: published(ours, share(denoiser), torch.float32)}
-    if ours.recipe.train.precision == "bfloat16":
+    if bf16_adapters:
         loops[BF16] = published(ours, share(denoiser), torch.bfloat16)
     loop = loops[PUBLISHED]
     pixels = loop._pixels(loop.rows[0])[0] / 2 + 0.5
@@ -101,20 +102,23 @@ def take_turns(
 
     hooks = [network.register_forward_pre_hook(count) for network in networks]
     for turn in range(warmup + repeats):
-        for mode in modes.values():
+        for name, mode in modes.items():
             mode.enter()
             images = 0
             wait()
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             mode.make()
             wait()
-            seconds = time.perf_counter() - began
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             mode.leave()
             if turn == 0:
                 mode.cold, mode.images = seconds, images
             if turn >= warmup:
                 mode.seconds.append(seconds)
-        print(f"turn {turn + 1} of {warmup + repeats}{' (not counted)' if turn < warmup else ''}", file=sys.stderr)
+                mode.cpu_seconds.append(cpu_seconds)
+            note = " (not counted)" if turn < warmup else ""
+            took = f"{seconds:.3f} s, {cpu_seconds:.3f} of the processor"
+            print(f"turn {turn + 1} of {warmup + repeats}{note}: {name} {took}", file=sys.stderr)
     for hook in hooks:
         hook.remove()
 
@@ -122,7 +126,12 @@ def take_turns(
 def profile(
     ours: Ours, modes: dict[str, Mode], loops: dict[str, Published], wait: Callable[[], None], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Medians of the parts' seconds, by mode."""
+    """Medians of the parts' seconds, by mode; of the processor's seconds, where it does the work."""
+
+    def now() -> float:
+        wait()
+        return time.perf_counter() if ours.family.device.type == "cuda" else time.process_time()
+
     found = {}
     for name, mode in modes.items():
         if name in (BARE, "encoding"):
@@ -130,29 +139,29 @@ def profile(
         turns = []
         for _ in range(repeats):
             mode.enter()
-            one = Profile(wait)
-            began = time.perf_counter()
+            one = Profile(now)
+            began = now()
             if name in loops:
                 loops[name].step(one.clock)
             else:
                 with one.of(ours):
                     mode.make()
-            wait()
+            whole = now() - began
             mode.leave()
-            turns.append(one.seconds | {"other": time.perf_counter() - began - sum(one.seconds.values())})
+            turns.append(one.seconds | {"other": whole - sum(one.seconds.values())})
         found[name] = {part: statistics.median(turn[part] for turn in turns) for part in turns[0]}
     return found
 
 
 def table(modes: dict[str, Mode], against: str) -> str:
-    lines = [f"{'mode':<26}{'median s':>10}{'least':>9}{'most':>9}{'ratio':>8}{'images':>8}{'first call':>12}"]
-    base = modes[against].seconds
+    heads = ("median s", "least", "most", "ratio", "CPU s", "ratio", "images", "first call")
+    lines = [f"{'mode':<26}" + "".join(f"{head:>11}" for head in heads)]
     for name, mode in modes.items():
-        ratio = statistics.median(base) / statistics.median(mode.seconds)
-        lines.append(
-            f"{name:<26}{statistics.median(mode.seconds):>10.4f}{min(mode.seconds):>9.4f}{max(mode.seconds):>9.4f}"
-            f"{ratio:>8.2f}{mode.images:>8}{mode.cold or 0.0:>12.3f}"
-        )
+        seconds, cpu_seconds = statistics.median(mode.seconds), statistics.median(mode.cpu_seconds)
+        values = [seconds, min(mode.seconds), max(mode.seconds), statistics.median(modes[against].seconds) / seconds]
+        values += [cpu_seconds, statistics.median(modes[against].cpu_seconds) / cpu_seconds]
+        shown = "".join(f"{value:>11.3f}" for value in values)
+        lines.append(f"{name:<26}{shown}{mode.images:>11}{mode.cold or 0.0:>11.3f}")
     return "\n".join([*lines, f"ratio: {against} over this mode, of medians; images: through the UNet, forward"])
 
 
@@ -170,6 +179,9 @@ def ratios(modes: dict[str, Mode]) -> dict[str, Any]:
     def of(one: str, other: str) -> float:
         return statistics.median(modes[one].seconds) / statistics.median(modes[other].seconds)
 
+    def of_cpu(one: str, other: str) -> float:
+        return statistics.median(modes[one].cpu_seconds) / statistics.median(modes[other].cpu_seconds)
+
     def turns(one: str, other: str) -> list[float]:
         both = [a / b for a, b in zip(modes[one].seconds, modes[other].seconds, strict=True)]
         return [min(both), max(both)]
@@ -184,6 +196,14 @@ def ratios(modes: dict[str, Mode]) -> dict[str, Any]:
         "ratio_first_epoch_with_checkpointing": of(PUBLISHED, FIRST + CHECKPOINTING),
         "ratio_cached_with_checkpointing": of(PUBLISHED, CACHED + CHECKPOINTING),
     }
+    for name, both in (
+        ("first_epoch", (PUBLISHED, FIRST)),
+        ("cached", (PUBLISHED, CACHED)),
+        ("to_bare", (CACHED, BARE)),
+        ("first_epoch_with_checkpointing", (PUBLISHED, FIRST + CHECKPOINTING)),
+        ("cached_with_checkpointing", (PUBLISHED, CACHED + CHECKPOINTING)),
+    ):
+        found[f"cpu_ratio_{name}"] = of_cpu(*both)
     once = statistics.median(modes[FIRST].seconds) + statistics.median(modes["encoding"].seconds)
     found["ratio_first_epoch_with_its_encoding"] = statistics.median(modes[PUBLISHED].seconds) / once
     return found
@@ -200,6 +220,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder that keeps the base model; default: a temporary one")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="compare these (default: all) with our step")
+    parser.add_argument("--bf16-adapters", action="store_true", help="the published loop with such adapters too")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -214,7 +235,7 @@ def main() -> None:
         figures |= {"rank": ours.recipe.adapter.rank, "precision": ours.recipe.train.precision}
         loops: dict[str, Published] = {}
         if chosen.variants is None:
-            modes, loops = side_by_side(ours)
+            modes, loops = side_by_side(ours, bf16_adapters=chosen.bf16_adapters)
             against = PUBLISHED
         else:
             modes, against = variants(ours, chosen.variants or list(VARIANTS)), CACHED
@@ -226,12 +247,15 @@ def main() -> None:
         else:
             medians = {name: statistics.median(mode.seconds) for name, mode in modes.items()}
             figures["speedup"] = {name: medians[CACHED] / seconds for name, seconds in medians.items()}
+            cpu = {name: statistics.median(mode.cpu_seconds) for name, mode in modes.items()}
+            figures["cpu_speedup"] = {name: cpu[CACHED] / seconds for name, seconds in cpu.items()}
         if chosen.profile:
             figures["profile"] = profile(ours, modes, loops, wait, min(chosen.repeats, 3))
             print(profile_table(figures["profile"]))
     figures |= {
         "median_seconds": {name: statistics.median(mode.seconds) for name, mode in modes.items()},
         "range_seconds": {name: [min(mode.seconds), max(mode.seconds)] for name, mode in modes.items()},
+        "median_cpu_seconds": {name: statistics.median(mode.cpu_seconds) for name, mode in modes.items()},
         "first_call_seconds": {name: mode.cold for name, mode in modes.items()},
         "images_forward": {name: mode.images for name, mode in modes.items()},
         "repeats": chosen.repeats,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from true_size import save_base, save_pairs
 
-from lora_dpo import denoising, inputs, optimizers, parts
+from lora_dpo import denoising, inputs, parts
 from lora_dpo import recipe as recipes
 from lora_dpo.adapters import Adapters
 from lora_dpo.families import Family
@@ -46,6 +45,7 @@ class Mode:
         make: the step.
         enter, leave: before and after it, not timed.
         cold: seconds of the first call, which compiles or loads what later ones have.
+        cpu_seconds: of this process's threads; what others do at the same time counts for less there.
         images: how many go through the UNet, forward, in one step.
     """
 
@@ -55,6 +55,7 @@ class Mode:
     cold: float | None = None
     images: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
 
 def load_recipe(name: str, work: Path, pairs: int, resolution: int | None) -> Recipe:
@@ -101,9 +102,7 @@ class Ours:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        chosen = self.recipe.train
-        options: dict[str, float] = {"learning_rate": chosen.learning_rate, "weight_decay": chosen.weight_decay}
-        return optimizers.build(chosen.optimizer, self.adapters.parameters(), **options)
+        return parts.optimizer(self.recipe, self.adapters)
 
     def method(self, *, stored: bool) -> PairMethod:
         """With the reference's errors stored, of one draw for each pair; or without, and ever new draws."""
@@ -221,20 +220,18 @@ def _compiled(mode: Mode, modules: list[nn.Module]) -> Mode:
 
 
 class Profile:
-    """Seconds by part; a part that is named twice is added up."""
+    """Seconds of `now` by part; a part that is named twice is added up."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self._wait, self.seconds = wait, dict[str, float]()
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now, self.seconds = now, dict[str, float]()
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        self._wait()
-        began = time.perf_counter()
+        began = self._now()
         try:
             yield
         finally:
-            self._wait()
-            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
+            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - began
 
     def timed(self, part: str | Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

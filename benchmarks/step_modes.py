@@ -190,6 +190,10 @@ def variants(ours: Ours, names: list[str]) -> dict[str, Mode]:
         found["channels_last"] = mode = ours.mode(stored=True)
         mode.enter = partial(denoiser.to, memory_format=torch.channels_last)
         mode.leave = partial(denoiser.to, memory_format=torch.contiguous_format)
+    if "TF32" in names:
+        found["TF32"] = mode = ours.mode(stored=True)
+        mode.enter = partial(torch.set_float32_matmul_precision, "high")
+        mode.leave = partial(torch.set_float32_matmul_precision, "highest")
     if "compiled blocks" in names:
         blocks = [module for module in denoiser.modules() if isinstance(module, BasicTransformerBlock)]
         found["compiled blocks"] = _compiled(ours.mode(stored=True), blocks)
@@ -200,7 +204,7 @@ def variants(ours: Ours, names: list[str]) -> dict[str, Mode]:
     return found
 
 
-VARIANTS = ("no autocast", "channels_last", "fused AdamW", "foreach AdamW", "compiled blocks", "compiled UNet")
+VARIANTS = ("no autocast", "channels_last", "TF32", "fused AdamW", "foreach AdamW", "compiled blocks", "compiled UNet")
 
 
 def _compiled(mode: Mode, modules: list[nn.Module]) -> Mode:

@@ -33,7 +33,7 @@ VAE_ENCODE_BATCH = 8  # the scripts' default
 def share(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Another network with the same weights in the same memory; `unet` must have no adapters yet."""
     with torch.device("meta"):
-        other = UNet2DConditionModel.from_config(unet.config)
+        other: Any = UNet2DConditionModel.from_config(unet.config)
     other.load_state_dict(unet.state_dict(), assign=True)
     return other.requires_grad_(False)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -175,7 +175,7 @@ def open_ours(name: str, work: Path, pairs: int, resolution: int | None, device:
 
 def variants(ours: Ours, names: list[str]) -> dict[str, Mode]:
     """Settings of torch, each beside the step as it is, with stored references ("cached") and without ("first")."""
-    denoiser, train = ours.family.denoiser, ours.recipe.train
+    train, denoiser = ours.recipe.train, cast(Any, ours.family.denoiser)
     options = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     parameters = list(ours.adapters.parameters().values())
     found = {"cached": ours.mode(stored=True)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo import cli, recipe, recipe_toml
+from lora_dpo import cli, memory, recipe, recipe_toml
 
 NAMES = recipe_toml.shipped_names()
 LARGE = [name for name in NAMES if name.startswith("sd")]  # whose reader brings the data
@@ -73,3 +73,48 @@ def test_what_each_base_predicts_at_which_size() -> None:
     assert {one.base.family for name, one in loaded.items() if name.startswith("sd1")} == {"stable_diffusion"}
     # What the models' folders say about ε and v is heeded.
     assert all(one.base.prediction_type is None for one in loaded.values())
+
+
+def memory_in_the_header(name: str) -> dict[str, float]:
+    """GiB by phase."""
+    text = recipe_toml.find(name).read_text("utf-8")
+    return {
+        phase: float(value)
+        for phase, value in re.findall(r"^#   (encoding|training|samples)\b.* {2,}(\d+\.\d)$", text, re.M)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "phases"),
+    [
+        ("sdxl_lora", ["training"]),
+        ("sdxl_lora_8gb", ["encoding", "training", "samples"]),
+        ("sd15_lora", ["encoding", "training", "samples"]),
+        ("sd21_lora", ["training"]),
+    ],
+)
+def test_the_memory_that_a_header_names_is_the_plans(name: str, phases: list[str]) -> None:
+    """Within 2 %. Not of every recipe and phase: SDXL's take seconds each."""
+    of = {"encoding": memory.ENCODING, "training": memory.TRAINING, "samples": memory.EVALUATION}
+    among = [phase for one in phases for phase in of[one]]
+    found = memory.estimate(recipe.load(name, [DATA]), "cuda", among)
+    written = memory_in_the_header(name)
+    for one in phases:
+        assert written[one] == pytest.approx(found.phases[found.highest(of[one])].total / memory.GIB, rel=0.02), one
+    card = re.search(r"card of (\d+) GB", recipe_toml.find(name).read_text("utf-8"))
+    if card is not None:
+        assert found.needed() < int(card[1]) * memory.GIB
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_bases_page_names_the_same_memory(name: str) -> None:
+    written = memory_in_the_header(name)
+    assert set(written) == {"encoding", "training", "samples"}
+    page, column = {
+        "sdxl_lora": ("sdxl", -3), "sdxl_lora_12gb": ("sdxl", -2), "sdxl_lora_8gb": ("sdxl", -1),
+        "sd15_lora": ("sd15", -1), "sd21_lora": ("sd21", -2), "sd21_base_lora": ("sd21", -1),
+    }[name]  # fmt: skip
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text("utf-8")
+    table = text.split("<!-- memory -->")[1].split("<!-- /memory -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    assert {row[0]: float(row[column]) for row in rows} == written

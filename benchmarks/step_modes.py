@@ -188,8 +188,8 @@ def variants(ours: Ours, names: list[str]) -> dict[str, Mode]:
         found["no autocast"] = ours.mode(stored=True, precision="float32")
     if "channels_last" in names:
         found["channels_last"] = mode = ours.mode(stored=True)
-        mode.enter = partial(denoiser.to, memory_format=torch.channels_last)
-        mode.leave = partial(denoiser.to, memory_format=torch.contiguous_format)
+        mode.enter = lambda: denoiser.to(memory_format=torch.channels_last)
+        mode.leave = lambda: denoiser.to(memory_format=torch.contiguous_format)
     if "TF32" in names:
         found["TF32"] = mode = ours.mode(stored=True)
         mode.enter = partial(torch.set_float32_matmul_precision, "high")

@@ -147,6 +147,10 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
             from lora_dpo.data.folder import open_folder
 
             return open_folder(path, **options)
+        case "hpdv2":
+            from lora_dpo.data.hpdv2 import Rankings
+
+            return Rankings(path, pairs=data.pairs_of_ranking, **options)
 
 
 def framing(recipe: Recipe) -> Framing:

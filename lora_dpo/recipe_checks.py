@@ -119,8 +119,11 @@ def _splits(view: _View) -> Found:
 
 
 def _columns(view: _View) -> Found:
-    if view["data.kind"] == "folder" and view["data.columns"]:
-        yield ("data", "columns"), 'data.kind = "folder" has no columns (they belong to pickapic)'
+    kind = view["data.kind"]
+    if kind != "pickapic" and view["data.columns"]:
+        yield ("data", "columns"), f"data.kind = {shown(kind)} has no columns (they belong to pickapic)"
+    if kind != "hpdv2" and view.changed("data.pairs_of_ranking"):
+        yield ("data", "pairs_of_ranking"), f"data.kind = {shown(kind)} has no rankings (they belong to hpdv2)"
 
 
 def _scorer(view: _View) -> Found:

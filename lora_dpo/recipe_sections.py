@@ -14,11 +14,15 @@ from lora_dpo.recipe_methods import METHODS, Method
 class Data(Section):
     """Preference pairs and how pictures become training pixels."""
 
-    kind: Literal["pickapic", "folder"] = Field(
-        default="pickapic", description="parquet in Pick-a-Pic's columns, or a folder of pictures"
+    kind: Literal["pickapic", "folder", "hpdv2"] = Field(
+        default="pickapic",
+        description="parquet in Pick-a-Pic's columns, a folder of pictures, or rankings in HPDv2's JSON",
     )
     path: Text = Field(description='"tinyworld" for the embedded pairs, else a file or folder')
     columns: dict[str, str] = Field(default={}, description="pickapic: our name → your column's name")
+    pairs_of_ranking: Literal["all", "adjacent", "best_worst"] = Field(
+        default="all", description="hpdv2: every pair of a ranking, neighbours only, or the first with the last"
+    )
     split: Text = Field(default="train", description="rows to train on, where the source has a split")
     heldout_split: Text = Field(
         default="heldout", description="rows kept for the evaluation, where the source has a split"

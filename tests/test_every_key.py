@@ -89,6 +89,10 @@ EFFECTS: dict[str, Effect | list[Effect]] = {
     "data.kind": Effect("data.kind=folder data.path={world}"),
     "data.path": Effect("data.path={world}/others.parquet"),
     "data.columns": Effect('data.columns={{jpg_0="jpg_1",jpg_1="jpg_0"}}'),
+    "data.pairs_of_ranking": [
+        Effect(f"data.pairs_of_ranking={value}", given="data.kind=hpdv2 data.path={world}/rankings.json")
+        for value in ("adjacent", "best_worst")
+    ],
     "data.split": Effect("data.split=more", given="data.path={world}/split.parquet data.heldout_split=kept"),
     "data.heldout_split": Effect(
         "data.heldout_split=more", "lines", f"data.path={{world}}/split.parquet data.heldout_split=kept {MEASURED}"
@@ -247,6 +251,9 @@ def world(tmp_path_factory) -> Path:
                 (folder / f"{number}-{side}.png").write_bytes(row[f"jpg_{side}"])
             line = {"prompt": row["caption"], "winner": f"{number}-0.png", "loser": f"{number}-1.png"}
             print(json.dumps(line), file=lines)
+    ranking = {"image_path": [f"{number}-{side}.png" for number in range(2) for side in (0, 1)], "rank": [2, 4, 1, 3]}
+    rankings = [{"prompt": f"a ranking {number}", **ranking} for number in range(6)]
+    (folder / "rankings.json").write_text(json.dumps(rankings))
     (folder / "prompts.txt").write_text("a prompt of its own\n")
     (folder / "small.toml").write_text(RECIPE.format(world=folder, cache=folder / "cache"))
     keep(folder / "hub", "owner/model", base, revision="f" * 40)

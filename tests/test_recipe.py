@@ -103,6 +103,7 @@ steps = 1
         ("data.max_aspect=0.5", "data.max_aspect", "expected at least 1"),
         ("data.bucket_step_pixels=12", "data.bucket_step_pixels", "a multiple of 8"),
         ("data.aspect=buckets", "data.aspect", "no bucket but the square of 64"),
+        ("data.pairs_of_ranking=adjacent", "data.pairs_of_ranking", "has no rankings"),
         ("data.crop=bottom", "data.crop", 'expected one of "center" or "top"'),
         ("train.precision=fp16", "train.precision", 'expected one of "float32" or "bfloat16"'),
         ("base.family=stable_diffusion", "base.family", 'of family "sdxl"'),

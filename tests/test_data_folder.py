@@ -266,6 +266,7 @@ def test_a_table_comes_before_the_two_folders_and_empty_ones_are_an_error(folder
     save_csv(folder / "others.tsv", GOOD, delimiter="\t")
     with pytest.raises(UserError, match=r"several tables in this folder \(mine\.csv, others\.tsv\)"):
         open_folder(folder)
+    pq.write_table(pa.table({"caption": ["p"], "jpg_0": [A]}), folder / "pairs.parquet")  # of another kind
     save_csv(folder / "pairs.csv", {**GOOD, "prompt": "usual"})
     assert [pair.prompt for pair in open_folder(folder)] == ["usual"]
 

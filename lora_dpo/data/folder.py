@@ -112,9 +112,21 @@ def _preference(record: dict[str, Any]) -> float:
     raise BadRow("bad preference", f'got {shown(value)}, expected "a", "b", "tie" or a number from 0 to 1')
 
 
+def _has_columns(names: list[str] | None) -> bool:
+    return names is None or any({"prompt", *form} <= set(names) for form in (JUDGED, COMPARED))
+
+
+def _may_be_meant(file: Path) -> bool:
+    """Not a table of other columns, such as Pick-a-Pic's; one that can't be read may be."""
+    try:
+        return _has_columns(open_table(file, COLUMNS).names())
+    except UserError:
+        return True
+
+
 def _check_columns(table: Table) -> None:
     names = table.names()
-    if names is not None and not any({"prompt", *form} <= set(names) for form in (JUDGED, COMPARED)):
+    if names is not None and not _has_columns(names):
         raise UserError(
             f"expected the columns {NEEDED}; it has {', '.join(map(shown, names[:40])) or 'none'}",
             table.path,
@@ -129,6 +141,7 @@ def _table(path: Path) -> Path | None:
     if not path.is_dir():
         raise UserError("no such file or directory", path, "give a table or the folder that holds it")
     tables = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    tables = [file for file in tables if _may_be_meant(file)] or tables
     found = next((named for stem in USUAL_NAMES if (named := [file for file in tables if file.stem == stem])), tables)
     if len(found) > 1:
         names = ", ".join(file.name for file in found)

@@ -24,6 +24,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lora_dpo import __version__
+from lora_dpo.data_commands import group as data
 from lora_dpo.errors import LoraDpoError, UserError
 from lora_dpo.recipe_commands import group as recipes
 from lora_dpo.stopping import at_once, stoppable
@@ -37,6 +38,7 @@ app = typer.Typer(
     help="Align diffusion models to preferences with Diffusion-DPO, training LoRA adapters only.",
     epilog="Start here: lora-dpo train quickstart",
 )
+app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")
 app.add_typer(tinyworld, name="tinyworld")
 

@@ -53,8 +53,8 @@ def before_after(
     # One column of few prompts needn't fill the page.
     tile_w = min(560, (WIDTH - 2 * MARGIN - GUTTER - (columns - 1) * GAP) // columns)
     tile_h = round(tile_w * height / width)
-    caption, label, heading, small = _font(25), _font(26, bold=True), _font(40, bold=True), _font(25)
-    captions = {row: _wrapped(prompts[row], caption, tile_w) for row in shown}
+    caption, label, heading, small = font(25), font(26, bold=True), font(40, bold=True), font(25)
+    captions = {row: wrapped(prompts[row], caption, tile_w) for row in shown}
 
     head = MARGIN + 52 + (40 if subtitle else 0) + 24
     line = 33
@@ -269,7 +269,7 @@ def _written(path: Path, data: bytes) -> Path:
     return path
 
 
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as it comes with matplotlib: the same picture on every machine."""
     import matplotlib
 
@@ -277,7 +277,7 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 3) -> list[str]:
     """At most `lines` lines of at most `width` pixels; what is cut ends in an ellipsis."""
     words = [piece for word in text.split() for piece in _pieces(word, font, width)]
     rows: list[str] = [""]

@@ -153,6 +153,23 @@ def source(recipe: Recipe, split: str, limit: int | None = None) -> PreferenceSo
             return Rankings(path, pairs=data.pairs_of_ranking, **options)
 
 
+def source_at(kind: Literal["pickapic", "folder", "hpdv2"], path: Path) -> PreferenceSource:
+    """All rows at a path, without a recipe."""
+    match kind:
+        case "pickapic":
+            from lora_dpo.data.pickapic import PickAPicParquet
+
+            return PickAPicParquet(path)
+        case "folder":
+            from lora_dpo.data.folder import open_folder
+
+            return open_folder(path)
+        case "hpdv2":
+            from lora_dpo.data.hpdv2 import Rankings
+
+            return Rankings(path)
+
+
 def framing(recipe: Recipe) -> Framing:
     data = recipe.data
     return Framing(

@@ -24,6 +24,7 @@ class Preference:
         origin: "file:row".
         pictures: winner and loser decoded, where the source had to do that anyway.
         label: the probability that the first is the better one, ½ … 1; ½ is a tie.
+        user, models: who judged and what made the pictures, where the source says so.
     """
 
     prompt: str
@@ -32,6 +33,8 @@ class Preference:
     origin: str
     pictures: tuple[Image | None, Image | None] = field(default=(None, None), compare=False, repr=False)
     label: float = 1.0
+    user: str | None = field(default=None, compare=False)
+    models: tuple[str | None, str | None] = field(default=(None, None), compare=False)
 
 
 @dataclass
@@ -75,10 +78,12 @@ class PreferenceSource(ABC):
     Attributes:
         known: true of encoded pictures that were decoded before, so that a source needn't do it again to see whether
             they are sound; None: every picture is looked at.
+        dropped_row: called with (reason, origin, detail) of every row that is left out.
     """
 
     report: SourceReport
     known: Callable[[bytes], bool] | None = None
+    dropped_row: Callable[[str, str, str], None] | None = None
 
     @abstractmethod
     def __iter__(self) -> Iterator[Preference]:

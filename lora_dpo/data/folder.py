@@ -112,21 +112,22 @@ def _preference(record: dict[str, Any]) -> float:
     raise BadRow("bad preference", f'got {shown(value)}, expected "a", "b", "tie" or a number from 0 to 1')
 
 
-def _has_columns(names: list[str] | None) -> bool:
+def has_columns(names: list[str] | None) -> bool:
+    """Whether these are the columns of pairs; a table whose rows have each their own may have them."""
     return names is None or any({"prompt", *form} <= set(names) for form in (JUDGED, COMPARED))
 
 
 def _may_be_meant(file: Path) -> bool:
     """Not a table of other columns, such as Pick-a-Pic's; one that can't be read may be."""
     try:
-        return _has_columns(open_table(file, COLUMNS).names())
+        return has_columns(open_table(file, COLUMNS).names())
     except UserError:
         return True
 
 
 def _check_columns(table: Table) -> None:
     names = table.names()
-    if names is not None and not _has_columns(names):
+    if names is not None and not has_columns(names):
         raise UserError(
             f"expected the columns {NEEDED}; it has {', '.join(map(shown, names[:40])) or 'none'}",
             table.path,

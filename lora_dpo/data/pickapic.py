@@ -16,6 +16,8 @@ from lora_dpo.errors import UserError
 
 REQUIRED = ("jpg_0", "jpg_1", "label_0", "caption")
 OPTIONAL = ("label_1", "has_label", "split")
+# Told by `lora-dpo data check`; what is learned doesn't depend on them.
+ABOUT = ("user_id", "model_0", "model_1")
 
 
 class PickAPicParquet(ScreenedSource):
@@ -73,7 +75,8 @@ class PickAPicParquet(ScreenedSource):
     def rows(self) -> Iterator[Row | Unusable]:
         for name, path in self._files.items():
             held = set(parquet.schema(path).names)
-            columns = {ours: theirs for ours, theirs in self._columns.items() if theirs in held}
+            wanted = self._columns | {name: name for name in ABOUT}
+            columns = {ours: theirs for ours, theirs in wanted.items() if theirs in held}
             for start, batch in parquet.batches(path, [*{*columns.values(), *self._filter}]):
                 yield from self._batch(batch, columns, name, start)
 
@@ -154,7 +157,8 @@ def _row(row: dict[str, Any], origin: str) -> Row | Unusable:
     first, second = (image if isinstance(image, bytes) else b"" for image in images)
     if not first or not second:
         return unusable("missing image")
-    return Row(origin, caption, (first, second), decided[0], split)
+    user, *models = (None if (value := row.get(name)) is None else str(value) for name in ABOUT)
+    return Row(origin, caption, (first, second), decided[0], split, user, (models[0], models[1]))
 
 
 def _number(value: Any) -> float | None:

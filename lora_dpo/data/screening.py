@@ -34,6 +34,8 @@ class Row:
     images: tuple[bytes, bytes]
     label: float
     split: str | None = None
+    user: str | None = None
+    models: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class ScreenedSource(PreferenceSource):
             report.rows += 1
             if isinstance(judged, Unusable):
                 report.drop(judged.reason, judged.origin, judged.detail)
+                if self.dropped_row is not None:
+                    self.dropped_row(judged.reason, judged.origin, judged.detail)
                 continue
             report.kept += 1
             report.ties += judged.label == 0.5
@@ -129,16 +133,22 @@ class ScreenedSource(PreferenceSource):
             row, judged = ahead.popleft()
             return row, judged.result() if isinstance(judged, Future) else judged
 
+        damage: UserError | None = None
         try:
-            for row in self.rows():
-                if self.selection.elsewhere(row) is not None:
-                    ahead.append((row, None))
-                else:
-                    ahead.append((row, row if isinstance(row, Unusable) else pool.submit(self._judge, row)))
-                if len(ahead) > ROWS_AHEAD:
-                    yield first()
+            try:
+                for row in self.rows():
+                    if self.selection.elsewhere(row) is not None:
+                        ahead.append((row, None))
+                    else:
+                        ahead.append((row, row if isinstance(row, Unusable) else pool.submit(self._judge, row)))
+                    if len(ahead) > ROWS_AHEAD:
+                        yield first()
+            except UserError as error:  # the rows before it are sound
+                damage = error
             while ahead:
                 yield first()
+            if damage is not None:
+                raise damage
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -151,7 +161,9 @@ class ScreenedSource(PreferenceSource):
             return Unusable(row.origin, "label out of range", f"got {row.label}, expected 0 to 1 (0.5: tie)")
         if row.images[0] == row.images[1]:
             return Unusable(row.origin, "identical images")
-        winner, loser = row.images if row.label >= 0.5 else row.images[::-1]
+        (winner, loser), (its_model, other_model) = row.images, row.models
+        if row.label < 0.5:
+            winner, loser, its_model, other_model = loser, winner, other_model, its_model
         pictures = []
         for image in (winner, loser):
             try:
@@ -160,7 +172,8 @@ class ScreenedSource(PreferenceSource):
             except UserError as error:
                 return Unusable(row.origin, "undecodable image", error.what)
         label = max(row.label, 1 - row.label)
-        return Preference(row.prompt, winner, loser, row.origin, (pictures[0], pictures[1]), label)
+        decoded, models = (pictures[0], pictures[1]), (its_model, other_model)
+        return Preference(row.prompt, winner, loser, row.origin, decoded, label, row.user, models)
 
 
 def content_digest(files: Mapping[str, Path], *settings: object) -> str:

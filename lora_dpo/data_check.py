@@ -64,7 +64,8 @@ def run(
                 done = source.done()[0]
                 progress.advance(done - told)
                 told = done
-            progress.advance(source.done()[0] - told)  # those dropped after the last
+            if rest := source.done()[0] - told:  # dropped after the last that is kept
+                progress.advance(rest)
         except UserError as problem:
             error = str(problem)
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_dpo import parts, report
 from lora_dpo.buckets import written
 from lora_dpo.cache import CachedPairs, fill, index_path
-from lora_dpo.data import PreferenceSource
+from lora_dpo.data import BAD_IMAGES, PreferenceSource, SourceReport
 from lora_dpo.errors import UserError
 from lora_dpo.evaluation import samples
 from lora_dpo.families import Family
@@ -20,7 +20,9 @@ TRAIN, HELD_OUT = "train", "heldout"
 
 def pairs(recipe: Recipe, family: Family, directory: Path, progress: Progress) -> CachedPairs:
     """The pairs to train on, encoded."""
-    return _filled(recipe, TRAIN, family, directory, progress)
+    found = _filled(recipe, TRAIN, family, directory, progress)
+    _require_images(recipe, found.report)
+    return found
 
 
 def indexes(recipe: Recipe, family: Family, directory: Path) -> dict[str, Path]:
@@ -68,10 +70,24 @@ def held_out_pairs(recipe: Recipe, family: Family, directory: Path, progress: Pr
     if not recipe.evaluate.implicit_pairs:
         return None
     try:
-        return _filled(recipe, HELD_OUT, family, directory, progress)
+        found = _filled(recipe, HELD_OUT, family, directory, progress)
     except UserError as error:
         hint = "name the split with data.heldout_split, or set evaluate.implicit_pairs=0 and evaluate.prompts=0"
         raise UserError(f"no held-out pairs: {error.what}", where=error.where, hint=error.hint or hint) from error
+    _require_images(recipe, found.report)
+    return found
+
+
+def _require_images(recipe: Recipe, report: SourceReport) -> None:
+    """UserError if the recipe doesn't put up with the pictures that were dropped; all were looked at by then."""
+    bad = [reason for reason in BAD_IMAGES if report.dropped[reason]]
+    if bad and recipe.data.on_bad_image == "error":
+        counts = ", ".join(f"{report.dropped[reason]:,} {reason}" for reason in bad)
+        raise UserError(
+            f"pictures that can't be used: {counts}; for example {report.examples[bad[0]][0]}",
+            where=recipe.data.path,
+            hint='mend them (`lora-dpo data check --rows FILE` lists them all), or give data.on_bad_image = "skip"',
+        )
 
 
 def prompts(recipe: Recipe, kept_out: CachedPairs | None) -> list[str]:

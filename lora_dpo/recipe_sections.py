@@ -44,6 +44,9 @@ class Data(Section):
     )
     caption_dropout: Fraction = Field(default=0.0, description="share of draws trained with the empty prompt")
     limit: Positive | None = Field(default=None, description="use at most so many pairs")
+    on_bad_image: Literal["skip", "error"] = Field(
+        default="skip", description="error: end the run if a picture is missing or can't be decoded, once all were read"
+    )
     ties: Literal["drop", "half"] = Field(
         default="drop", description="half: train on ties too, as pairs of which either may be the better"
     )
@@ -188,6 +191,7 @@ KINDS = {"method": {kind: frozenset(model.model_fields) for kind, model in METHO
 FREE_KEYS = frozenset(
     {
         "name",
+        "data.on_bad_image",
         "train.device",
         "train.save_every_steps",
         "train.keep_checkpoints",

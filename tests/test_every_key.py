@@ -106,6 +106,7 @@ EFFECTS: dict[str, Effect | list[Effect]] = {
     "data.small_images": Effect("data.small_images=drop", given=MIXED),
     "data.caption_dropout": Effect("data.caption_dropout=0.9"),
     "data.limit": Effect("data.limit=3"),
+    "data.on_bad_image": Effect("data.on_bad_image=error", "refused", "data.path={world}/broken.parquet"),
     "data.ties": Effect("data.ties=half", given="data.path={world}/ties.parquet"),
     "base.family": Effect("base.family=sdxl base.model={world}/xl"),
     "base.model": Effect("base.model={world}/other"),
@@ -240,6 +241,8 @@ def world(tmp_path_factory) -> Path:
     save_random_pairs(folder / "ties.parquet", 12, ties=6)
     save_random_pairs(folder / "mixed.parquet", 12, shapes=SHAPES)
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()
+    broken = [row | {"jpg_0": b"broken"} if number == 7 else row for number, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(broken), folder / "broken.parquet")
     splits = ["train", "kept", "more"]
     pq.write_table(
         pa.Table.from_pylist([row | {"split": splits[number % 3]} for number, row in enumerate(rows)]),

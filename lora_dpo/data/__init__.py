@@ -14,6 +14,8 @@ from PIL.Image import Image
 from lora_dpo.randomness import seed_of
 
 EXAMPLES_PER_REASON = 5
+# Reasons to drop a row that are about a picture.
+BAD_IMAGES = ("undecodable image", "missing image", "image outside the folder", "several images of one name")
 
 
 @dataclass(frozen=True)

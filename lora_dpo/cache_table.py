@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lora_dpo.units import byte_size
+
 
 def text(document: Mapping[str, Any]) -> str:
     """Lines from the command's JSON document."""
@@ -29,34 +31,34 @@ def _filled(filled: Mapping[str, Any]) -> Iterator[str]:
         new = f"{made['pictures']:,} pictures and {made['prompts']:,} prompts encoded" if any(made.values()) else ""
         yield (
             f"{name:<9} {part['pairs']:,} pairs, {part['prompts']:,} prompts, {_plural(part['shards'], 'shard')} of "
-            f"{_size(part['bytes'])}; {new or 'nothing was missing'}"
+            f"{byte_size(part['bytes'])}; {new or 'nothing was missing'}"
         )
     yield f"filled    in {filled['seconds']:.1f} s: training encodes nothing now"
 
 
 def _verified(found: Mapping[str, Any]) -> Iterator[str]:
     count = len(found["damaged"])
-    yield f"verified  every row of {_plural(found['shards'], 'shard')}, {_size(found['bytes'])}: " + (
+    yield f"verified  every row of {_plural(found['shards'], 'shard')}, {byte_size(found['bytes'])}: " + (
         f"{_plural(count, 'file')} damaged, encoded again" if count else "all sound"
     )
     yield from (f"          {damage['file']}: {damage['reason']}" for damage in found["damaged"])
 
 
 def _pruned(found: Mapping[str, Any]) -> Iterator[str]:
-    what = f"{_plural(found['files'], 'file')}, {_size(found['bytes'])}"
+    what = f"{_plural(found['files'], 'file')}, {byte_size(found['bytes'])}"
     yield f"pruned    {what} freed" if found["deleted"] else f"prune     {what} would be freed"
     for reason, part in found["reasons"].items():
-        yield f"          {reason}: {_plural(part['files'], 'file')}, {_size(part['bytes'])}"
+        yield f"          {reason}: {_plural(part['files'], 'file')}, {byte_size(part['bytes'])}"
     yield from (f"          {_pairs(pairs)}" for pairs in found["pairs"])
     if found["kept_bytes"]:
-        yield f"          {_size(found['kept_bytes'])} kept for fills that go on or were interrupted"
+        yield f"          {byte_size(found['kept_bytes'])} kept for fills that go on or were interrupted"
     yield from (f"          {path} can't be deleted" for path in found.get("failed", []))
     if not found["deleted"]:
         yield "          nothing is deleted yet: add --yes"
 
 
 def _stats(found: Mapping[str, Any]) -> Iterator[str]:
-    yield f"          {_size(found['bytes'])} in it, {_size(found['free_bytes'])} free on the disk"
+    yield f"          {byte_size(found['bytes'])} in it, {byte_size(found['free_bytes'])} free on the disk"
     yield ""
     yield from _table(
         ("group", "made by", "rows", "of this recipe", "shards", "size", "last use"),
@@ -67,7 +69,7 @@ def _stats(found: Mapping[str, Any]) -> Iterator[str]:
                 f"{group['rows']:,}",
                 f"{group['rows_of_this_recipe']:,}",
                 f"{group['shards']:,}" + (f" ({group['damaged_shards']} damaged)" if group["damaged_shards"] else ""),
-                _size(group["bytes"]),
+                byte_size(group["bytes"]),
                 _last_use(group),
             )
             for group in found["groups"]
@@ -80,9 +82,9 @@ def _stats(found: Mapping[str, Any]) -> Iterator[str]:
     if missing:
         yield f"not yet encoded of this recipe: {', '.join(missing)}"
     if found["prunable_files"]:
-        yield f"--prune would free {_size(found['prunable_bytes'])} in {_plural(found['prunable_files'], 'file')}"
+        yield f"--prune would free {byte_size(found['prunable_bytes'])} in {_plural(found['prunable_files'], 'file')}"
     if found["unfinished_bytes"]:
-        yield f"{_size(found['unfinished_bytes'])} belong to fills that go on or were interrupted"
+        yield f"{byte_size(found['unfinished_bytes'])} belong to fills that go on or were interrupted"
 
 
 def _pairs(pairs: Mapping[str, Any]) -> str:
@@ -95,7 +97,7 @@ def _references(references: Mapping[str, Any]) -> str:
     about = references["about"]
     made_by = f"of unet {about['denoiser'][:8]}, {about['precision']}, seed {about['seed']}" if about else "unreadable"
     visits = _plural(references["visits"], "visit")
-    return f"{references['name']}  reference errors {made_by}: {visits}, {_size(references['bytes'])}"
+    return f"{references['name']}  reference errors {made_by}: {visits}, {byte_size(references['bytes'])}"
 
 
 def _made_by(about: Mapping[str, Any]) -> str:
@@ -127,11 +129,3 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

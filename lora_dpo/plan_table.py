@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_dpo.units import byte_size
+
 WIDTH = 11
 
 
@@ -51,7 +53,7 @@ def _work(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'sizes':<{WIDTH}}{buckets}"
     cache = document["cache"]
     made = f"{cache['pictures']:,} pictures and {cache['prompts']:,} prompts"
-    yield f"{'cache':<{WIDTH}}{_size(cache['bytes'])} for {made}, in {cache['directory']}"
+    yield f"{'cache':<{WIDTH}}{byte_size(cache['bytes'])} for {made}, in {cache['directory']}"
 
 
 def _memory(document: Mapping[str, Any]) -> Iterator[str]:
@@ -90,11 +92,3 @@ def _nearest(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{'nearest':<{WIDTH}}nothing that was tried fits:{with_these} {found['needed_gib']:.2f} GiB are needed"
     if found["too_large"].startswith("encode"):
         yield f"{'':<{WIDTH}}for encoding alone: `lora-dpo cache … train.device=cpu` does that in the machine's memory"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

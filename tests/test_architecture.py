@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
         "recipe_fields",
         "recipe_toml",
         "stopping",
+        "units",
         "mapped_tensors",
         "watch",
     },
@@ -100,6 +101,7 @@ LIGHT = {
     "stopping",
     "summary",
     "tinyworld.commands",
+    "units",
     *RECIPE,
 }
 HEAVY = {

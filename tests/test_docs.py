@@ -102,4 +102,4 @@ def test_python_examples_are_python_and_import_what_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_toml_examples_parse(path: Path) -> None:
     for block in blocks(path, "toml"):
-        tomllib.loads(block)
+        assert tomllib.loads(block), block  # which raises for what is no TOML

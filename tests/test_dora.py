@@ -13,12 +13,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_dpo import build, checkpoint, export, kohya, optimizers, recipe, sources, start, updates
+from lora_dpo import checkpoint, export, kohya, optimizers, recipe, sources, start, updates
 from lora_dpo.adapters import Adapters
 from lora_dpo.errors import UserError
 from lora_dpo.families.quantized import QuantizedLinear
 from lora_dpo.methods.objectives import Dpo
 from lora_dpo.methods.pairs import PairMethod
+from tests.support.dying import killed_and_resumed
 from tests.support.models import save_random_pairs, save_random_sdxl
 from tests.support.training import World, attach, make_world, stream
 from tests.test_adapted_layers import BF16, TARGETS, block, kept, passed
@@ -274,24 +275,9 @@ def test_a_run_learns_lengths_and_leaves_kohyas_file_out(run):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_adapter(run, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     settings = recipe.load(str(run.parent / "small.toml"), FEWER)
-    step, calls = torch.optim.AdamW.step, []
-
-    def dying(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", dying)
-        with pytest.raises(Killed):
-            build.run(settings, tmp_path / "killed", quiet=True)
-    build.run(settings, tmp_path / "killed", quiet=True)
-    one, two = (load_file(folder / "adapter" / export.FILE) for folder in (run, tmp_path / "killed"))
+    killed = killed_and_resumed(settings, tmp_path / "killed", monkeypatch)
+    one, two = (load_file(folder / "adapter" / export.FILE) for folder in (run, killed))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 

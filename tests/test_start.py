@@ -21,6 +21,7 @@ from lora_dpo.families.stable_diffusion import StableDiffusion
 from lora_dpo.methods.objectives import Dpo
 from lora_dpo.methods.pairs import PairMethod
 from lora_dpo.recipe_errors import RecipeError
+from tests.support.dying import killed_and_resumed
 from tests.support.models import save_random_pairs, save_random_sd
 from tests.support.training import World, attach, make_world, stream
 from tests.test_end_to_end import RECIPE
@@ -303,25 +304,10 @@ def test_sft_then_dpo_from_the_command_line(chain, stayed):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_adapter(chain, stayed, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     _, name, *arguments, _, _ = near_sft(chain, tmp_path)
     settings = recipe.load(str(name), [str(argument) for argument in arguments])
-    step, calls = torch.optim.AdamW.step, []
-
-    def dying(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", dying)
-        with pytest.raises(Killed):
-            build.run(settings, tmp_path / "killed", quiet=True)
-    build.run(settings, tmp_path / "killed", quiet=True)
-    one, two = (load_file(run / "adapter" / export.FILE) for run in (stayed, tmp_path / "killed"))
+    killed = killed_and_resumed(settings, tmp_path / "killed", monkeypatch)
+    one, two = (load_file(run / "adapter" / export.FILE) for run in (stayed, killed))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
